@@ -1,0 +1,492 @@
+"""A decoder-only transformer with Mixture-of-Experts blocks that loads OLMoE and Mixtral checkpoints exactly.
+
+    x = embed(token)
+    x = x + attention(norm(x));  x = x + moe(norm(x))          num_hidden_layers times
+    logits = lm_head(norm(x))
+
+OLMoE and Mixtral are one network with four switches, read from the checkpoint's own config.json: OLMoE normalises
+queries and keys (over the whole hidden size, before the heads are split) and may clip q, k, v (`clip_qkv`); Mixtral
+shares each key/value head among several query heads (`num_key_value_heads`) and makes a token's expert weights sum to 1
+(`norm_topk_prob`).
+
+Shapes: B batch, T time, N = B*T tokens, D hidden_size, F intermediate_size, E num_experts, K experts per token,
+V vocab_size; S keys seen by the attention (T, or what the cache holds), H heads, C channels of a head.
+
+Padding may be on either side: rotary attention sees only distances, so shifting a whole row changes nothing.
+
+A model folder is a Hugging Face folder: config.json and model.safetensors (or shards and an index). `hub_tensors` is
+the one table of which part of which parameter each tensor of such a folder is; loading and saving both go through it
+(the file format itself is in data/checkpoint.py).
+
+Left out: sliding-window attention, rope scaling, attention biases (such a checkpoint is refused, not approximated).
+
+    python model.py FOLDER        what is in a model folder: configuration, parameters, active parameters
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data.checkpoint import load_checkpoint, read_json, tensor_names, write_safetensors, write_text
+from moe import MoE, Routing
+
+SUPPORTED = {"olmoe": "OlmoeForCausalLM", "mixtral": "MixtralForCausalLM"}
+
+
+@dataclass
+class Config:
+    """The keys of a checkpoint's config.json. Both spellings are read: of 2024's hub files and of transformers 5."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int  # of one expert
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_experts: int  # Mixtral's files call it num_local_experts
+    num_experts_per_tok: int
+    model_type: str = "olmoe"
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / heads
+    norm_topk_prob: bool = False
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    clip_qkv: float | None = None
+    max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    router_aux_loss_coef: float = 0.01
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    extra: dict = field(default_factory=dict)  # keys this model does not read, kept for saving
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def eos_ids(self) -> list[int]:
+        ids = self.eos_token_id
+        return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Config":
+        """Read folder/config.json. FileNotFoundError or ValueError, in one line, for what cannot be used."""
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; give a folder with config.json and model.safetensors")
+        path = Path(folder) / "config.json"
+        return cls.from_dict(read_json(path), path)
+
+    @classmethod
+    def from_dict(cls, raw: dict, path: str | Path = "config.json") -> "Config":
+        """The content of a config.json -> Config; `path` is named in errors."""
+
+        def need(condition, message):
+            if not condition:
+                raise ValueError(f"{path}: {message}")
+
+        raw = dict(raw)
+        kind = raw.get("model_type")
+        need(kind in SUPPORTED, f"model_type {kind!r} is not supported; supported: {', '.join(SUPPORTED)}")
+        rope = raw.pop("rope_parameters", None) or {}
+        scaling = raw.pop("rope_scaling", None) or {}
+        rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+        need(rope_type == "default", f"rope type {rope_type!r} is not supported; only 'default' is")
+        raw.setdefault("rope_theta", rope.get("rope_theta", 1e6 if kind == "mixtral" else 1e4))
+        if "num_local_experts" in raw:
+            raw.setdefault("num_experts", raw.pop("num_local_experts"))
+        if kind == "mixtral":
+            raw["norm_topk_prob"] = True  # not a key of its config: always so
+        need(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r} is not supported")
+        need(not raw.get("attention_bias"), "attention_bias is not supported")
+        need(raw.get("sliding_window") is None, "sliding_window attention is not supported; only null is")
+
+        names = {f.name: f for f in dataclasses.fields(cls) if f.name != "extra"}
+        for name, f in names.items():
+            if f.type is int and (name in raw or f.default is dataclasses.MISSING):
+                value = raw.get(name)
+                need(isinstance(value, int) and value > 0, f"{name} is {value!r}; it must be a positive integer")
+        known = {k: v for k, v in raw.items() if k in names}
+        config = cls(**known, extra={k: v for k, v in raw.items() if k not in names})
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        need(heads % kv_heads == 0, f"{heads} attention heads do not share {kv_heads} key/value heads evenly")
+        need(config.head_dim % 2 == 0, f"head_dim {config.head_dim} is odd; rotary positions turn pairs of channels")
+        k, e = config.num_experts_per_tok, config.num_experts
+        need(k <= e, f"num_experts_per_tok {k} is more than num_experts {e}")
+        return config
+
+    def to_dict(self) -> dict:
+        """The content of a config.json in the hub's spelling, which transformers of any age reads."""
+        keys = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        if self.model_type == "mixtral":
+            keys["num_local_experts"] = keys.pop("num_experts")
+            del keys["norm_topk_prob"]
+        else:
+            del keys["head_dim"]  # OLMoE has no such key: always hidden_size / heads
+        return {"architectures": [SUPPORTED[self.model_type]], "hidden_act": "silu", **self.extra, **keys}
+
+
+# The network ---------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 whatever the dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
+
+    def forward(self, x):
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Rotary(NamedTuple):
+    """Rotary positions: channel pair (i, i + C/2) of a query or key turns by position * theta^(-2i/C)."""
+
+    cos: torch.Tensor  # (T, C)
+    sin: torch.Tensor  # (T, C)
+
+    @classmethod
+    def at(cls, positions: torch.Tensor, config: Config, dtype: torch.dtype) -> "Rotary":
+        channel = torch.arange(0, config.head_dim, 2, device=positions.device).float()
+        angle = positions.float()[:, None] * config.rope_theta ** (-channel / config.head_dim)  # (T, C/2)
+        angle = torch.cat((angle, angle), dim=-1)
+        return cls(angle.cos().to(dtype), angle.sin().to(dtype))
+
+    def turn(self, x):
+        """x (B, H, T, C) -> the same, turned."""
+        first, second = x.chunk(2, dim=-1)
+        return x * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+
+
+class KVCache:
+    """Keys and values of all layers for tokens already seen, so that a new token costs one row and not T."""
+
+    def __init__(self, config: Config, batch: int, length: int, like: torch.Tensor):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        self.keys, self.values, self.used = like.new_zeros(shape), like.new_zeros(shape), 0
+
+    def append(self, layer: int, k, v):
+        """Store k, v (B, heads, T, C) behind what is there; return all S of the layer. `used` moves once a forward."""
+        end = self.used + k.shape[2]
+        self.keys[layer, :, :, self.used : end], self.values[layer, :, :, self.used : end] = k, v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def select(self, rows: torch.Tensor):
+        """Keep these batch rows, in this order (a beam search follows some beams and drops others)."""
+        self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; H query heads share num_key_value_heads keys and values."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c = config
+        self.head_dim, self.clip_qkv = c.head_dim, c.clip_qkv
+        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
+        normed = c.model_type == "olmoe"
+        self.q_norm = RMSNorm(q_size, c.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(kv_size, c.rms_norm_eps) if normed else nn.Identity()
+
+    def forward(self, x, rotary: Rotary, visible=None, cache: KVCache | None = None, layer: int = 0):
+        """x (B, T, D) -> (B, T, D). visible: bool (B or 1, 1, T, S), None for plain causal attention."""
+        B, T, _ = x.shape
+        q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
+        if self.clip_qkv is not None:
+            q, k, v = (t.clamp(-self.clip_qkv, self.clip_qkv) for t in (q, k, v))
+        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, C)
+        q, k = rotary.turn(q), rotary.turn(k)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        shared = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=shared)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.moe = MoE(config)
+
+    def forward(self, x, rotary, visible=None, cache=None, layer=0) -> tuple[torch.Tensor, Routing]:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, visible, cache, layer)
+        y, routing = self.moe(self.post_attention_layernorm(x))
+        return x + y, routing
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor | None  # (B, T, V); None where labels were given: then only labelled positions were computed
+    routings: list[Routing]  # one a layer
+    loss: torch.Tensor | None = None  # mean cross-entropy over the labels, float32
+
+
+class MoETransformer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """Random weights, as a model starts its pre-training (from_pretrained builds on "meta", where this is free)."""
+        for name, p in self.named_parameters():
+            nn.init.ones_(p) if "norm" in name else nn.init.normal_(p, std=self.config.initializer_range)
+
+    def forward(self, input_ids, attention_mask=None, labels=None, cache: KVCache | None = None, last_only=False):
+        """input_ids (B, T) int64 -> Output.
+
+        attention_mask (B, S): 1 for tokens, 0 for padding on either side (S = T plus what the cache holds).
+        labels (B, T): input_ids where the model is to be trained, -100 elsewhere; the shift by one happens here.
+        last_only: logits of the last position alone, (B, 1, V), which is what generation needs.
+        ValueError if an id is outside the vocabulary or the sequence is longer than max_position_embeddings.
+        """
+        start, T = (cache.used if cache else 0), input_ids.shape[1]
+        self.check_input(input_ids, start + T)
+        x = self.embed_tokens(input_ids)  # (B, T, D)
+        positions = torch.arange(start, start + T, device=x.device)
+        rotary = Rotary.at(positions, self.config, x.dtype)
+        visible = (
+            visible_keys(start, start + T, attention_mask, x.device) if cache or attention_mask is not None else None
+        )
+        routings = []
+        for i, block in enumerate(self.layers):
+            x, routing = block(x, rotary, visible, cache, i)
+            routings.append(routing)
+        if cache:
+            cache.used += T
+        x = self.norm(x)
+        if labels is None:
+            return Output(self.lm_head(x[:, -1:] if last_only else x), routings)
+        labelled = labels[:, 1:] != -100  # position t predicts token t + 1
+        logits = self.lm_head(x[:, :-1][labelled])  # (labelled tokens, V): full logits would dwarf all else
+        return Output(None, routings, F.cross_entropy(logits.float(), labels[:, 1:][labelled]))
+
+    def check_input(self, input_ids, length):
+        limit, vocab = self.config.max_position_embeddings, self.config.vocab_size
+        if length > limit:
+            raise ValueError(f"a sequence of {length} tokens is longer than the model's {limit} positions; shorten it")
+        if not input_ids.is_cpu or not input_ids.numel():
+            return  # on a GPU the look would stall it; the scripts check on the CPU
+        low, high = input_ids.min().item(), input_ids.max().item()
+        if low < 0 or high >= vocab:
+            bad = low if low < 0 else high
+            raise ValueError(f"token id {bad} is outside the model's vocabulary 0..{vocab - 1}; wrong tokenizer?")
+
+    # Files ---------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "MoETransformer":
+        """Load a Hugging Face folder, in eval mode. Each tensor goes from the mapped file to its place: memory holds
+        the model once. FileNotFoundError or ValueError, in one line, for a folder that cannot be used."""
+        config = Config.from_folder(folder)
+        with torch.device("meta"):  # shapes without memory
+            model = cls(config)
+        model = model.to(dtype).to_empty(device=device)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.embed_tokens.weight  # to_empty gave each its own memory
+        fused = any(name.endswith(".experts.gate_up_proj") for name in tensor_names(folder))
+        load_checkpoint(folder, hub_tensors(model, fused))
+        return model.eval()
+
+    def save_pretrained(self, folder, dtype: torch.dtype | None = None):
+        """Write config.json and model.safetensors with the hub's per-expert names (dtype None: as in memory)."""
+        config = self.config.to_dict() | {"torch_dtype": str(dtype or self.norm.weight.dtype).removeprefix("torch.")}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_safetensors(Path(folder) / "model.safetensors", hub_tensors(self), dtype)
+        write_text(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def generate(self, prompts, max_new_tokens: int, temperature=0.0, top_p=1.0, num_beams=1, seed=None):
+        """Continue each prompt: see `sample` and `beam_search`, which this picks from. -> list of lists of new ids.
+
+        prompts: a list of id lists of any lengths, or an int64 tensor (B, T). The new ids end before the first
+        eos_token_id. temperature 0 is greedy; top_p < 1 draws from the fewest tokens whose probability reaches it.
+        """
+        prompts = prompts.tolist() if torch.is_tensor(prompts) else [list(p) for p in prompts]
+        if not prompts or not all(prompts):
+            raise ValueError("generate needs at least one prompt, and at least one token in each")
+        if num_beams > 1 and temperature > 0:
+            raise ValueError(
+                f"num_beams {num_beams} with temperature {temperature}: beam search does not draw; use one"
+            )
+        if num_beams > 1:
+            return beam_search(self, prompts, max_new_tokens, num_beams)
+        return sample(self, prompts, max_new_tokens, temperature, top_p, seed)
+
+
+def visible_keys(start: int, end: int, attention_mask, device) -> torch.Tensor:
+    """Which keys 0..end may the queries start..end see: those before them that are no padding. bool (B or 1, 1, T, S)"""
+    keys, queries = torch.arange(end, device=device), torch.arange(start, end, device=device)
+    causal = keys[None, :] <= queries[:, None]  # (T, S)
+    if attention_mask is None:
+        return causal[None, None]
+    itself = keys[None, :] == queries[:, None]  # padding sees itself: the softmax over nothing would be NaN
+    return causal & (attention_mask.bool()[:, None, None, :] | itself)
+
+
+def hub_tensors(model: MoETransformer, fused: bool = False) -> dict[str, torch.Tensor]:
+    """Tensor name in a Hugging Face checkpoint -> the part of our parameter it is (a view: copy into it, or save it).
+
+    fused: the experts of a layer as two stacked tensors, as transformers 5 holds them in memory and may save them;
+    otherwise one tensor a matrix and expert, as every published checkpoint has it. w1, w3, w2: gate, up, down (Mixtral).
+    """
+    c, tensors = model.config, {}
+    mixtral = c.model_type == "mixtral" and not fused
+    moe = "block_sparse_moe" if mixtral else "mlp"
+    gate_name, up_name, down_name = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    for name, p in model.named_parameters():  # a tied lm_head is not named twice
+        name = name if name.startswith("lm_head") else f"model.{name}"
+        name = name.replace("moe.router", f"{moe}.gate").replace("moe.experts", f"{moe}.experts")
+        if fused or ".experts." not in name:
+            tensors[name] = p.data
+            continue
+        experts, which = name.rsplit(".", 1)
+        for e in range(c.num_experts):
+            if which == "gate_up_proj":
+                gate, up = p.data[e].chunk(2)  # gate rows first
+                tensors[f"{experts}.{e}.{gate_name}.weight"], tensors[f"{experts}.{e}.{up_name}.weight"] = gate, up
+            else:
+                tensors[f"{experts}.{e}.{down_name}.weight"] = p.data[e]
+    return tensors
+
+
+# Generation ----------------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """Prompts of different lengths, padded on the left so that their next tokens share a column, and their KV cache."""
+
+    def __init__(self, model: MoETransformer, prompts: list[list[int]], max_new_tokens: int):
+        self.model, longest, device = model, max(map(len, prompts)), model.norm.weight.device
+        model.check_input(torch.tensor([i for p in prompts for i in p]), longest + max_new_tokens)
+        self.ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+        self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * (len(p) + max_new_tokens) for p in prompts])
+        self.mask = self.mask.to(device)  # (B, S), already as long as it will be
+        self.cache = KVCache(model.config, len(prompts), self.mask.shape[1], model.norm.weight)
+
+    def next_logits(self) -> torch.Tensor:
+        """Feed `ids` (the prompts, later one new token a row) -> logits of the next token (B, V), float32."""
+        mask = self.mask[:, : self.cache.used + self.ids.shape[1]]
+        return self.model(self.ids, mask, cache=self.cache, last_only=True).logits[:, -1].float()
+
+    def select(self, rows):
+        self.mask = self.mask.index_select(0, rows)
+        self.cache.select(rows)
+
+
+@torch.no_grad()
+def sample(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=None) -> list[list[int]]:
+    """One continuation a prompt, the likeliest token each time (temperature 0) or drawn."""
+    decoder = Decoder(model, prompts, max_new_tokens)
+    eos = torch.tensor(model.config.eos_ids, dtype=torch.int64, device=decoder.ids.device)
+    generator = None if seed is None else torch.Generator(decoder.ids.device).manual_seed(seed)
+    done, new = torch.zeros(len(prompts), dtype=torch.bool, device=eos.device), []
+    for _ in range(max_new_tokens):
+        logits = decoder.next_logits()
+        if temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
+            probs[probs.cumsum(-1) - probs >= top_p] = 0  # mass before this token already reaches top_p
+            token = ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+        new.append(token)
+        decoder.ids = token[:, None]
+        done |= torch.isin(token, eos)
+        if done.all():
+            break
+    return [before_eos(list(row), model.config.eos_ids) for row in zip(*(t.tolist() for t in new), strict=True)]
+
+
+def before_eos(ids: list[int], eos_ids: list[int]) -> list[int]:
+    end = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))
+    return ids[:end]
+
+
+@torch.no_grad()
+def beam_search(model, prompts, max_new_tokens, num_beams, length_penalty=1.0) -> list[list[int]]:
+    """The best of `num_beams` continuations a prompt, by sum of log-probabilities / length^length_penalty.
+
+    transformers' rules, token for token (early_stopping=False): a step keeps the best 2W candidates; those among the
+    best W that end are finished; the best W that do not end go on; a prompt is done when its best running beam, at its
+    present length, scores below its worst finished one.
+    """
+    B, W, V = len(prompts), num_beams, model.config.vocab_size
+    decoder = Decoder(model, prompts, max_new_tokens)
+    device, eos = decoder.ids.device, torch.tensor(model.config.eos_ids, dtype=torch.int64, device=decoder.ids.device)
+    keep = max(2, 1 + len(eos)) * W  # so many that W remain even if every end token shows up behind every beam
+    first_row = torch.arange(B, device=device)[:, None] * W  # (B, 1)
+    running = torch.zeros(B, W, 0, dtype=torch.int64, device=device)
+    scores = torch.full((B, W), -1e9, device=device)
+    scores[:, 0] = 0  # all beams start equal: let only one of them branch at the first step
+    best = torch.zeros(B, W, max_new_tokens, dtype=torch.int64, device=device)  # finished, padded with eos
+    best_scores = torch.full((B, W), -1e9, device=device)
+    hopeful = torch.ones(B, 1, dtype=torch.bool, device=device)
+    for length in range(1, max_new_tokens + 1):
+        logits = decoder.next_logits()
+        if length == 1:  # the prompt was run once; from here on W rows a prompt
+            decoder.select(torch.arange(B, device=device).repeat_interleave(W))
+            logits = logits.repeat_interleave(W, dim=0)
+        total = (logits.log_softmax(-1).view(B, W, V) + scores[:, :, None]).view(B, W * V)
+        total, candidate = total.topk(keep)  # (B, keep)
+        beam, token = candidate // V, candidate % V
+        grown = torch.cat((running.gather(1, beam[..., None].expand(-1, -1, length - 1)), token[..., None]), dim=-1)
+        ended = torch.isin(token, eos) | (length == max_new_tokens)
+
+        scores, chosen = (total - 1e9 * ended).topk(W)
+        running = grown.gather(1, chosen[..., None].expand(-1, -1, length))
+        decoder.ids = running[:, :, -1].reshape(B * W, 1)
+        decoder.select((first_row + beam.gather(1, chosen)).flatten())
+
+        finished = ended & hopeful
+        finished[:, W:] = False
+        new_scores = total / length**length_penalty - 1e9 * ~finished
+        padded = F.pad(grown, (0, max_new_tokens - length), value=model.config.eos_ids[0] if len(eos) else 0)
+        best_scores, chosen = torch.cat((best_scores, new_scores), dim=1).topk(W)
+        best = torch.cat((best, padded), dim=1).gather(1, chosen[..., None].expand(-1, -1, max_new_tokens))
+        hopeful = hopeful & (scores[:, :1] / length**length_penalty > best_scores[:, -1:])
+        if ended.all() or not hopeful.any():
+            break
+    return [before_eos(row, model.config.eos_ids) for row in best[:, 0].tolist()]
+
+
+def main():
+    folder = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent / "data" / "tiny_olmoe")
+    config = Config.from_folder(folder)
+    with torch.device("meta"):
+        model = MoETransformer(config)
+    print(json.dumps(config.to_dict(), indent=2))
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{len(hub_tensors(model))} tensors, {total:,} parameters, {active_parameters(model):,} active for a token")
+
+
+def active_parameters(model: MoETransformer) -> int:
+    """Base parameters that one token meets: K of the E experts of each layer, and all the rest."""
+    c = model.config
+    active = dataclasses.replace(c, num_experts=c.num_experts_per_tok)
+    with torch.device("meta"):  # the same model with K experts and a router of E rows
+        slim = sum(p.numel() for p in MoETransformer(active).parameters())
+    return slim + c.num_hidden_layers * c.hidden_size * (c.num_experts - c.num_experts_per_tok)
+
+
+if __name__ == "__main__":
+    main()
