@@ -1,0 +1,135 @@
+"""How good is a model? Exact-match accuracy on the skills of the embedded world, or its answer to one prompt.
+
+A row is right if greedy decoding would produce its answer and then the end token, nothing else. That needs no
+decoding: run the model once over prompt + answer; greedy decoding reproduces the answer exactly if and only if the most
+likely token is the right one at every position of it. (The first wrong position is where decoding would leave the path.)
+
+    python eval.py --adapter out/perft_s                  the accuracies that its training run reported
+    python eval.py                                        the embedded base model, all families
+    python eval.py --prompt "sort : d b x a ->"           answer one prompt; --adapter, --num_beams, --temperature apply
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from data import skills
+from data.checkpoint import read_json
+from data.tokenizer import load_tokenizer
+from model import Config, MoETransformer
+from perft import load_adapter
+
+TINY = str(Path(__file__).resolve().parent / "data" / "tiny_olmoe")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def encode(row: skills.Row, tokenizer) -> tuple[list[int], list[int]]:
+    """A row -> ids of its prompt, ids of its answer with the end token."""
+    return tokenizer.encode(row.prompt), tokenizer.encode(row.answer) + [tokenizer.eos_id]
+
+
+def pad_batch(examples, pad_id: int, device, train_on_inputs=False):
+    """[(prompt ids, answer ids)] -> input_ids (B, T), labels (B, T) with -100 where not trained, mask (B, T) of tokens.
+
+    Padding is on the right: attention is causal, so no token sees it, and no attention mask is needed.
+    """
+    T = max(len(prompt) + len(answer) for prompt, answer in examples)
+    input_ids, labels = torch.full((len(examples), T), pad_id), torch.full((len(examples), T), -100)
+    mask = torch.zeros(len(examples), T, dtype=torch.bool)
+    for i, (prompt, answer) in enumerate(examples):
+        ids = torch.tensor(prompt + answer)
+        first = 0 if train_on_inputs else len(prompt)
+        input_ids[i, : len(ids)], labels[i, first : len(ids)], mask[i, : len(ids)] = ids, ids[first:], True
+    return input_ids.to(device), labels.to(device), mask.to(device)
+
+
+@torch.no_grad()
+def is_right(model: MoETransformer, tokenizer, rows: list[skills.Row], batch_size=128) -> list[bool]:
+    """Would greedy decoding answer each row exactly? Rows of like length share a batch; the order is kept."""
+    examples = [encode(row, tokenizer) for row in rows]
+    by_length = sorted(range(len(rows)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
+    right, training = [False] * len(rows), model.training
+    model.eval()
+    for start in range(0, len(rows), batch_size):
+        chosen = by_length[start : start + batch_size]
+        ids, labels, _ = pad_batch([examples[i] for i in chosen], tokenizer.pad_id, next(model.parameters()).device)
+        predicted = model(ids).logits[:, :-1].argmax(-1)  # (B, T-1)
+        hit = (predicted == labels[:, 1:]) | (labels[:, 1:] == -100)
+        for i, ok in zip(chosen, hit.all(-1).tolist(), strict=True):
+            right[i] = ok
+    model.train(training)
+    return right
+
+
+def accuracies(model, tokenizer, names: list[str], rows: int, task: str | None = None) -> dict[str, float]:
+    """Share of right answers on the first `rows` test rows of `task`, and on a fifth as many of each other skill."""
+    drawn = {name: skills.sample(name, "test", rows if name == task else max(rows // 5, 1)) for name in names}
+    right = iter(is_right(model, tokenizer, [row for rows in drawn.values() for row in rows]))
+    return {name: sum(next(right) for _ in rows) / len(rows) for name, rows in drawn.items()}
+
+
+def load_base(folder: str, dtype="float32", device="cpu", random_weights=False):
+    """A model folder -> (model in eval mode, tokenizer). random_weights: its config and tokenizer only."""
+    if random_weights:
+        model = MoETransformer(Config.from_folder(folder)).to(device)
+    else:
+        model = MoETransformer.from_pretrained(folder, DTYPES[dtype], device)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}; "
+                         "tokenizer.json and config.json do not belong together")  # fmt: skip
+    return model, tokenizer
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--adapter", help="run folder of train.py; its base and task are taken from there")
+    add("--base", help="model folder (default: the adapter's, or data/tiny_olmoe)")
+    add("--tasks", nargs="+", choices=[*skills.TARGETS, *skills.FAMILIES], metavar="NAME", help="skills to measure")
+    add("--eval_rows", type=int, help="test rows of the task; other skills get a fifth (default: the run's, or 500)")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    group = parser.add_argument_group("answer one prompt instead")
+    add = group.add_argument
+    add("--prompt", help="the text to continue")
+    add("--max_new_tokens", type=int, default=32)
+    add("--num_beams", type=int, default=1)
+    add("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
+    add("--top_p", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.eval_rows is not None and args.eval_rows < 1:
+        parser.error(f"--eval_rows {args.eval_rows}: must be at least 1")
+    return args
+
+
+def evaluate(args):
+    run = read_json(Path(args.adapter) / "config.json") if args.adapter else {}
+    model, tokenizer = load_base(args.base or run.get("base", TINY), args.dtype, args.device)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    if args.prompt is not None:
+        ids = model.generate([tokenizer.encode(args.prompt)], args.max_new_tokens, temperature=args.temperature,
+                             top_p=args.top_p, num_beams=args.num_beams, seed=args.seed)[0]  # fmt: skip
+        print(args.prompt + tokenizer.decode(ids))
+        return
+    task = run.get("task")
+    names = args.tasks or [*([task] if task else []), *skills.FAMILIES]
+    accuracy = accuracies(model, tokenizer, names, args.eval_rows or run.get("eval_rows", 500), task)
+    print("\n".join(f"{name:14} {100 * value:6.1f} %" for name, value in accuracy.items()))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        evaluate(args)
+    except (ValueError, OSError) as error:  # the user's input: one line, no traceback
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

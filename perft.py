@@ -1,0 +1,364 @@
+"""PERFT: adapters beside the experts of a frozen Mixture-of-Experts model (arXiv 2411.08212, 2508.02587).
+
+The frozen block computes y = sum over e in TopK(x) of G(x)_e E_e(x)  (moe.py, eq. 1). PERFT adds small two-matrix
+adapters Delta: D -> r -> D that read the same input x, outside of the experts, and differ in who is asked:
+
+    perft_s   y += Delta(x)                                              one adapter for every token        (single)
+    perft_d   y += sum over j = 1..M of Delta_j(x)                       all M, weight 1 each               (dense)
+    perft_r   y += sum over j in TopK~(x) of G~(x)_j Delta_j(x)          M adapters with a router of their own (routed)
+    perft_e   y += sum over e in TopK(x) of G(x)_e Delta_e(x)            one for each expert, under its weight (embedded)
+
+The unit:  lora       Delta(x) = (dropout(x) A^T) B^T * alpha / r
+           parallel   Delta(x) = silu(dropout(x A^T)) B^T                (A, B are the papers' W1, W2; no scale)
+
+All four are one computation with a different gate g (N, M), so one class holds them: the bottlenecks of all M adapters
+are one product x A^T (N, M*r), the gate masks it, one product with B^T leads back. A gate that is 0 for an adapter
+nobody chose costs nothing that matters while M*r stays in the hundreds.
+
+Baselines beside them: lora_qv (LoRA on the attention's q and v projections), router (train only the pretrained routers),
+frozen_experts (everything but the experts, MoFE), full (everything).
+
+Notation: the papers' A, B, r, alpha, M, Top K of M. Shapes: B_ batch, T time, N tokens, D hidden_size, E num_experts, M
+adapters, r rank. Adapters and their router are float32 whatever the base is, and are cast for the product: at a learning
+rate of 1e-5 most steps are too small for a bfloat16 number to change.
+
+Three facts, each an option here and never silent:
+  * The released OLMoE code of PERFT-R weights the adapters by the *base* router's K largest weights, rank by rank, so
+    that its own router chooses but never learns from the task. adapter_weights="own" is the paper, "base" that code.
+  * With K = 1 and a base that renormalises (Mixtral), the one weight is x / x = 1: again nothing to learn from. Warned.
+  * init="paper": A ~ N(0, 2/r), B ~ 1e-6 N(0, 1), router ~ N(0, 0.02^2); init="lora": Kaiming-uniform A, B = 0, with
+    which every variant is the base model bit for bit. The two want different learning rates.
+
+Against the authors' code: its adapters draw one dropout mask each, here they share one. Left out: E combined with S, D or R.
+
+    python perft.py        the lesson: what each variant trains, by formula and by count, and the identities holding
+"""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data.checkpoint import read_json, read_safetensors, write_safetensors, write_text
+from model import Config, MoETransformer, active_parameters
+from moe import MoE, Router, Routing
+
+PERFT = ("perft_s", "perft_d", "perft_r", "perft_e")
+BASELINES = ("lora_qv", "router", "frozen_experts", "full")
+ADDED = r"\.adapters\.|_proj\.[AB]$"  # parameters that are not the base's
+
+
+class Adapters(nn.Module):
+    """M adapters of one layer: A (M, r, D), B (M, D, r), float32, and for PERFT-R a router (M, D)."""
+
+    def __init__(self, hidden_size: int, num_adapters: int, rank: int, kind: str, scale: float, dropout: float):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(num_adapters, rank, hidden_size, dtype=torch.float32))
+        self.B = nn.Parameter(torch.empty(num_adapters, hidden_size, rank, dtype=torch.float32))
+        self.kind, self.scale, self.dropout = kind, scale, dropout
+        self.router: Router | None = None
+
+    def init_weights(self, init: str):
+        if init == "paper":
+            nn.init.normal_(self.A, std=math.sqrt(2 / self.A.shape[1]))
+            nn.init.normal_(self.B, std=1e-6)
+        else:
+            nn.init.uniform_(self.A, -(self.A.shape[2] ** -0.5), self.A.shape[2] ** -0.5)  # Kaiming with a = sqrt(5)
+            nn.init.zeros_(self.B)
+        if self.router is not None:
+            nn.init.normal_(self.router.weight, std=0.02)
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        """sum over j of gate_j Delta_j(x): x (N, D), gate (N, M) or None for weight 1 each -> (N, D)."""
+        M, r, D = self.A.shape
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        if self.kind == "lora":
+            x = F.dropout(x, self.dropout, self.training)
+        hidden = F.linear(x, A.reshape(M * r, D))  # (N, M*r), the bottlenecks of all adapters
+        if self.kind == "parallel":
+            hidden = F.silu(F.dropout(hidden, self.dropout, self.training))
+        else:
+            hidden = hidden * self.scale
+        if gate is not None:
+            hidden = hidden * gate.repeat_interleave(r, dim=1)
+        return hidden @ B.transpose(1, 2).reshape(M * r, D)
+
+
+class PerftMoE(nn.Module):
+    """A frozen MoE block with adapters beside it. `adapter_weights` matters to PERFT-R only: see the opening page."""
+
+    def __init__(self, base: MoE, adapters: Adapters, variant: str, adapter_weights: str, experts: list[int] | None):
+        super().__init__()
+        self.base, self.adapters, self.variant, self.adapter_weights = base, adapters, variant, adapter_weights
+        self.experts = experts  # perft_e: adapter j belongs to experts[j]; None: every expert has one
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
+        y, routing = self.base(x)
+        flat = x.reshape(-1, x.shape[-1])  # (N, D)
+        gate = None  # S and D: every adapter, weight 1
+        if self.variant == "perft_e":
+            gate = spread(routing.routing_weights, routing.selected_experts, routing.router_logits.shape[1])
+            gate = gate if self.experts is None else gate[:, self.experts]
+        elif self.variant == "perft_r":
+            own = self.adapters.router(flat)
+            weights = own.routing_weights
+            if self.adapter_weights == "base":
+                weights = routing.routing_weights[:, : weights.shape[1]]  # as in the released OLMoE code
+            gate = spread(weights, own.selected_experts, own.router_logits.shape[1])
+            routing = routing._replace(adapter=own)
+        return y + self.adapters(flat, gate).view_as(x), routing
+
+
+def spread(weights: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """(N, K) weights of the chosen ids -> (N, count), 0 where not chosen."""
+    return weights.new_zeros(len(weights), count).scatter(1, ids, weights)
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear map plus (dropout(x) A^T) B^T * alpha/r (LoRA, arXiv 2106.09685); A (r, in), B (out, r)."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float):
+        super().__init__()
+        self.base, self.scale, self.dropout = base, scale, dropout
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32))
+        self.B = nn.Parameter(torch.empty(base.out_features, rank, dtype=torch.float32))
+
+    def init_weights(self):
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.zeros_(self.B)
+
+    def forward(self, x):
+        dropped = F.dropout(x, self.dropout, self.training)
+        delta = F.linear(F.linear(dropped, self.A.to(x.dtype)), self.B.to(x.dtype))
+        return self.base(x) + delta * self.scale
+
+
+# Attaching -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PerftConfig:
+    """What was attached: the options of `apply_perft`, and the content of adapter_config.json."""
+
+    variant: str
+    rank: int = 16
+    alpha: float | None = None  # None: 2 * rank, as in the papers
+    num_adapters: int = 4  # M of perft_d and perft_r; perft_s has one, perft_e one for each expert
+    top_k: int = 2  # K of perft_r
+    kind: str = "lora"
+    init: str = "paper"
+    adapter_weights: str = "own"
+    dropout: float = 0.05
+    train_router: bool = False  # also train the pretrained routers
+    experts: list[list[int]] | None = None  # perft_e: adapters for these experts of each layer only
+
+    def __post_init__(self):
+        if self.alpha is None:
+            self.alpha = 2 * self.rank
+
+    def check(self, base: Config):
+        """ValueError, in one line, for options that cannot be."""
+        choices = {"variant": PERFT + BASELINES, "kind": ("lora", "parallel"), "init": ("paper", "lora"),
+                   "adapter_weights": ("own", "base")}  # fmt: skip
+        for name, allowed in choices.items():
+            need(getattr(self, name) in allowed, f"{name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")
+        for name in ("rank", "num_adapters", "top_k"):
+            value = getattr(self, name)
+            need(isinstance(value, int) and value >= 1, f"{name} is {value!r}; it must be a whole number from 1")
+        need(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and less than 1")
+        if self.variant == "perft_r":
+            K, M, k = self.top_k, self.num_adapters, base.num_experts_per_tok
+            need(K <= M, f"top_k {K} of num_adapters {M}: a token cannot choose more adapters than there are")
+            few = self.adapter_weights == "base" and K > k
+            need(not few, f"adapter_weights 'base' has {k} weights a token, top_k {K} needs as many")
+        if self.experts is not None:
+            L, E = base.num_hidden_layers, base.num_experts
+            need(self.variant == "perft_e", f"experts are chosen for perft_e only, variant is {self.variant}")
+            need(len(self.experts) == L, f"experts are given for {len(self.experts)} layers, the model has {L}")
+            for i, ids in enumerate(self.experts):
+                bad = [e for e in ids if not 0 <= e < E]
+                need(not bad, f"layer {i}: expert {bad and bad[0]} is outside 0..{E - 1}")
+                need(ids and len(set(ids)) == len(ids), f"layer {i}: experts {ids} are none, or one of them twice")
+
+
+def need(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def apply_perft(model: MoETransformer, variant: str, **options) -> MoETransformer:
+    """Freeze `model`, attach `variant` to every layer, in place, and return it. Options: the fields of PerftConfig.
+
+    ValueError for an option that cannot be, and for a model that already carries adapters. Attach after the base has its
+    dtype: a later model.to(dtype) would cast the float32 adapters too.
+    """
+    config = PerftConfig(variant, **options)
+    config.check(model.config)
+    need(not hasattr(model, "adapter_config"), "the model already carries adapters; load the base again")
+    trains_base = variant in ("full", "frozen_experts")
+    need(not trains_base or model.norm.weight.dtype == torch.float32,
+         f"{variant} trains the base's own weights; in {model.norm.weight.dtype} small steps would be lost: load float32")  # fmt: skip
+    model.requires_grad_(False)
+    for i, block in enumerate(model.layers):
+        if variant in PERFT:
+            block.moe = attach(block.moe, config, model.config, config.experts and config.experts[i])
+        elif variant == "lora_qv":
+            attention = block.self_attn
+            for name in ("q_proj", "v_proj"):
+                lora = LoraLinear(getattr(attention, name), config.rank, config.alpha / config.rank, config.dropout)
+                setattr(attention, name, lora.to(model.norm.weight.device))
+                lora.init_weights()
+    for name, p in model.named_parameters():
+        if ".moe.router." in name or ".moe.base.router." in name:
+            if variant == "router" or config.train_router:
+                p.data = p.data.float()  # a float32 master, for the reason of the opening page
+                p.requires_grad_(True)
+        if variant == "full" or (variant == "frozen_experts" and ".experts." not in name):
+            p.requires_grad_(True)
+    model.adapter_config = config
+    return model
+
+
+def attach(moe: MoE, config: PerftConfig, base: Config, experts: list[int] | None) -> PerftMoE:
+    """One layer's MoE block -> the block with its adapters."""
+    counts = {"perft_s": 1, "perft_e": len(experts) if experts else base.num_experts}
+    M = counts.get(config.variant, config.num_adapters)
+    adapters = Adapters(base.hidden_size, M, config.rank, config.kind, config.alpha / config.rank, config.dropout)
+    if config.variant == "perft_r":
+        adapters.router = Router(base.hidden_size, M, config.top_k, base.norm_topk_prob)
+    adapters.to(moe.router.weight.device)
+    adapters.init_weights(config.init)
+    return PerftMoE(moe, adapters, config.variant, config.adapter_weights, experts)
+
+
+def warnings_for(config: PerftConfig, base: Config) -> list[str]:
+    """What a user should know before training with this configuration."""
+    notes = []
+    if config.variant == "perft_r" and config.top_k == 1 and base.norm_topk_prob and config.adapter_weights == "own":
+        notes.append("top_k 1 with renormalised weights: the weight is always 1, the adapter router learns nothing "
+                     "from the task")  # fmt: skip
+    if config.variant == "perft_r" and config.adapter_weights == "base":
+        notes.append("adapter_weights 'base' (the released OLMoE code): the adapter router chooses, but gets no gradient "
+                     "from the task")  # fmt: skip
+    return notes
+
+
+# Counting ------------------------------------------------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    """One line of the table of what trains: the same parameter of every layer."""
+
+    module: str  # with * for the layer
+    count: int
+    shape: tuple[int, ...]  # of the first one
+    parameters: int
+    activated: int  # of them, those that one token meets
+
+
+def what_trains(model: MoETransformer) -> list[Trained]:
+    """The trainable parameters, one line a kind."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(p)
+    rows = []
+    for name, ps in groups.items():
+        total, met = sum(p.numel() for p in ps), share_met(model, name)
+        rows.append(Trained(name, len(ps), tuple(ps[0].shape), total, round(total * met)))
+    return rows
+
+
+def share_met(model: MoETransformer, name: str) -> float:
+    """The share of a stacked parameter that one token meets: K of E experts, K of M adapters."""
+    base, adapter = model.config, getattr(model, "adapter_config", None)
+    if ".experts." in name:
+        return base.num_experts_per_tok / base.num_experts
+    if name.endswith((".adapters.A", ".adapters.B")) and adapter.variant == "perft_r":
+        return adapter.top_k / adapter.num_adapters
+    if name.endswith((".adapters.A", ".adapters.B")) and adapter.variant == "perft_e" and adapter.experts is None:
+        return base.num_experts_per_tok / base.num_experts
+    return 1.0
+
+
+def report(model: MoETransformer) -> str:
+    """The table of what trains; ValueError if nothing does."""
+    rows = what_trains(model)
+    need(rows, "nothing trains: no parameter has requires_grad")
+    adapted = [name for name, _ in model.named_parameters() if re.search(ADDED, name)]
+    base = [p for name, p in model.named_parameters() if name not in adapted]
+    total, active = sum(p.numel() for p in base), active_parameters(model)
+    lines = [f"{'module':40} {'count':>5} {'shape':>16} {'parameters':>13} {'% total':>8} {'% active':>8}"]
+    rows.append(
+        Trained(
+            "all that trains",
+            sum(r.count for r in rows),
+            (),
+            *(sum(c) for c in zip(*(r[3:] for r in rows), strict=True)),
+        )
+    )
+    for module, count, shape, parameters, activated in rows:
+        lines.append(f"{module:40} {count:5} {'x'.join(map(str, shape)):>16} {parameters:13,} "
+                     f"{100 * parameters / total:8.3f} {100 * activated / active:8.3f}")  # fmt: skip
+    return "\n".join(lines + [f"base model: {total:,} parameters, {active:,} active for a token"])
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(base: Config) -> dict:
+    """What an adapter must find again: the base's architecture and sizes, and a hash over all keys the model reads."""
+    keys = {**asdict(base), "extra": None}
+    sizes = ("model_type", "num_hidden_layers", "hidden_size", "num_experts", "num_experts_per_tok", "vocab_size")
+    digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+    return {name: keys[name] for name in sizes} | {"config_sha256": digest}
+
+
+def save_adapter(model: MoETransformer, folder: str | Path):
+    """Write adapter_config.json and adapter_model.safetensors (float32; only what trains) into `folder`.
+
+    lora_qv is written in PEFT's own layout and loads there. The others have a peft_type of their own, which PEFT refuses.
+    """
+    config: PerftConfig = model.adapter_config
+    content = {"peft_type": "PERFT", **asdict(config), "base": fingerprint(model.config)}
+    if config.variant == "lora_qv":
+        content |= {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.rank, "lora_alpha": config.alpha,
+                    "lora_dropout": config.dropout, "target_modules": ["q_proj", "v_proj"], "bias": "none"}  # fmt: skip
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_safetensors(Path(folder) / "adapter_model.safetensors", adapter_tensors(model), torch.float32)
+    write_text(Path(folder) / "adapter_config.json", json.dumps(content, indent=2) + "\n")
+
+
+def load_adapter(model: MoETransformer, folder: str | Path) -> MoETransformer:
+    """Attach the adapter saved in `folder` to its base, in place, and return the model in eval mode.
+
+    ValueError naming both sides for another base, or for tensors that are missing, extra or misshaped.
+    """
+    path = Path(folder) / "adapter_config.json"
+    content = read_json(path)
+    names = [name for name in PerftConfig.__dataclass_fields__ if name in content]
+    need(
+        "variant" in names and isinstance(content.get("base"), dict),
+        f"{path}: not written by this project's save_adapter",
+    )
+    here = fingerprint(model.config)
+    wrong = [f"{k} {content['base'].get(k)!r} against {v!r}" for k, v in here.items() if content["base"].get(k) != v]
+    need(not wrong, f"{path}: the adapter was made for another base; adapter against base: {', '.join(wrong)}")
+    apply_perft(model, **{name: content[name] for name in names})
+    read_safetensors(Path(folder) / "adapter_model.safetensors", adapter_tensors(model))
+    return model.eval()
+
+
+def adapter_tensors(model: MoETransformer) -> dict[str, torch.Tensor]:
+    """Tensor name in adapter_model.safetensors -> the trained parameter it is."""
+    tensors = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    if model.adapter_config.variant != "lora_qv":
+        return tensors
+    return {f"base_model.model.model.{name[:-1]}lora_{name[-1]}.weight": t for name, t in tensors.items()}

@@ -1,0 +1,424 @@
+"""Fine-tune a Mixture-of-Experts model: one visible loop for every method, and for training the embedded base itself.
+
+    python train.py --variant perft_s                      the embedded base learns sixteen new words (minutes, on a CPU)
+    python train.py --variant perft_r --num_adapters 8     eight adapters with a router of their own
+    python train.py --variant scratch --out out/base       re-make data/tiny_olmoe from random weights (an hour)
+
+What happens, in this order, on the screen and in the run folder (--out; config.json and metrics.jsonl):
+
+    configuration -> table of what trains -> accuracy before -> steps -> accuracy after -> what was saved, and where
+
+The loss of a step:
+
+    cross-entropy over the labels + c_base * balance(base routers) + c_adapter * balance(adapter routers, PERFT-R only)
+
+balance is moe.load_balancing_loss, averaged over the layers: 1 is even. The labels are the answer and the end token;
+--train_on_inputs adds the prompt. The base routers are frozen in most variants, yet c_base still moves adapters: those of
+earlier layers change what later routers see.
+
+A step depends on the seed and its own number only (data order, dropout), so a run that was stopped and continued with
+--resume gives the numbers of one that was not.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import skills
+from data.checkpoint import read_json, read_safetensors, write_safetensors, write_text
+from eval import DTYPES, TINY, accuracies, encode, load_base, pad_batch
+from model import MoETransformer
+from moe import Routing, expert_load, load_balancing_loss
+from perft import BASELINES, PERFT, PerftConfig, apply_perft, report, save_adapter, warnings_for
+
+VARIANTS = (*PERFT, *BASELINES, "scratch")
+
+# Options of each variant beyond those of all; a flag that does not apply is an error, not ignored.
+ADAPTER = {"rank", "alpha", "dropout", "train_router"}
+APPLIES = {
+    "perft_s": ADAPTER | {"kind", "init"},
+    "perft_d": ADAPTER | {"kind", "init", "num_adapters"},
+    "perft_r": ADAPTER | {"kind", "init", "num_adapters", "top_k", "adapter_weights", "adapter_balance"},
+    "perft_e": ADAPTER | {"kind", "init"},
+    "lora_qv": ADAPTER,
+}
+# Defaults that differ by variant, for the embedded model: the best learning rate of a sweep on kinship_new (README).
+RECIPES = {
+    "perft_s": {"lr": 5e-3},
+    "perft_d": {"lr": 5e-3},
+    "perft_r": {"lr": 5e-3},
+    "perft_e": {"lr": 5e-3},
+    "lora_qv": {"lr": 5e-3},
+    "router": {"lr": 5e-3},
+    "frozen_experts": {"lr": 1e-3},
+    "full": {"lr": 1e-3},
+    "scratch": {"lr": 3e-3, "steps": 9000, "batch_size": 96, "warmup": 200, "weight_decay": 0.1, "beta2": 0.98},
+}
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    own = PerftConfig("perft_s")  # the defaults of the adapter flags stand there
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--variant", choices=VARIANTS, required=True, help="what trains; scratch: everything, from random weights")
+
+    group = parser.add_argument_group("model and task")
+    add = group.add_argument
+    add("--base", default=TINY, help="model folder (config.json, model.safetensors, tokenizer.json)")
+    add(
+        "--task", choices=[*skills.TARGETS, *skills.FAMILIES], default=skills.DEFAULT_TARGET, help="what it is to learn"
+    )
+    add("--train_rows", type=int, default=4000, help="distinct draws of the task that training cycles through")
+    add("--train_on_inputs", action="store_true", help="labels on the prompt too, not only on the answer")
+    add("--dtype", choices=DTYPES, default="float32", help="of the base; adapters are float32 always")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
+    add("--threads", type=int, help="CPU threads of torch (its own choice if not given)")
+
+    group = parser.add_argument_group("adapters (which apply depends on the variant)")
+    add = group.add_argument
+    add("--rank", type=int, help=f"r, width of an adapter ({own.rank})")
+    add("--alpha", type=float, help="scale is alpha/r (2r)")
+    add("--num_adapters", type=int, help=f"M of perft_d and perft_r ({own.num_adapters})")
+    add("--top_k", type=int, help=f"K of perft_r ({own.top_k})")
+    add("--kind", choices=("lora", "parallel"), help=f"adapter unit ({own.kind})")
+    add("--init", choices=("paper", "lora"), help=f"adapter weights at the start ({own.init})")
+    add(
+        "--adapter_weights",
+        choices=("own", "base"),
+        help=f"perft_r: weigh adapters by which router ({own.adapter_weights})",
+    )
+    add("--dropout", type=float, help=f"on the adapter's input ({own.dropout})")
+    add("--train_router", action="store_true", default=None, help="also train the pretrained routers")
+
+    group = parser.add_argument_group("optimisation (AdamW, warm-up, then linear decay to 0)")
+    add = group.add_argument
+    add("--lr", type=float, help="peak learning rate (by variant: see RECIPES in this file)")
+    add("--steps", type=int, default=300, help="optimiser steps")
+    add("--batch_size", type=int, default=64, help="rows a step")
+    add("--warmup", type=int, default=20, help="steps of warm-up")
+    add("--weight_decay", type=float, default=0.0, help="on matrices that train")
+    add("--beta2", type=float, default=0.999, help="AdamW's memory of squared gradients")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--balance", type=float, help="c_base (router_aux_loss_coef of the base's config)")
+    add("--adapter_balance", type=float, help="c_adapter of perft_r (the same)")
+    add("--seed", type=int, default=0)
+
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--out", help="run folder (out/VARIANT)")
+    add("--overwrite", action="store_true", help="replace the run that the folder holds")
+    add("--resume", action="store_true", help="continue the run that the folder holds")
+    add("--log_every", type=int, default=20, help="steps a line")
+    add("--save_every", type=int, default=500, help="steps between states that --resume continues from")
+    add("--eval_rows", type=int, default=500, help="test rows of the task; every family gets a fifth of it")
+
+    parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].variant])
+    args = parser.parse_args(argv)
+    args.out = args.out or f"out/{args.variant}"
+    for flag in sorted(ADAPTER.union(*APPLIES.values())):
+        if getattr(args, flag) is not None and flag not in APPLIES.get(args.variant, ()):
+            takes = ", ".join(v for v in VARIANTS if flag in APPLIES.get(v, ()))
+            parser.error(f"--{flag} does not apply to --variant {args.variant}; it applies to {takes}")
+    for flag in ("steps", "warmup", "batch_size", "train_rows", "log_every", "save_every", "eval_rows"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if args.variant == "scratch" and args.dtype != "float32":
+        parser.error(f"--dtype {args.dtype} with --variant scratch: all weights train, so they are float32")
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite: choose one")
+    if Path(args.out, "config.json").exists() and not (args.resume or args.overwrite):
+        parser.error(f"{args.out} already holds a run: continue it with --resume, replace it with --overwrite, "
+                     "or choose another --out")  # fmt: skip
+    if args.resume and not Path(args.out, "state.safetensors").exists():
+        parser.error(f"{args.out} holds no unfinished run to resume (no state.safetensors); drop --resume")
+    return args
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def batches(args, tokenizer, start: int):
+    """The batches from step `start` on, for ever: (input_ids, labels, mask), each (B, T); see `pad_batch`.
+
+    An epoch is a permutation of the task's rows. Rows of like length share a batch, 16 batches at a time, which leaves
+    little padding and still mixes. Pre-training is never sorted (nor repeated: an epoch is 16 batches of new rows): like
+    length is like family here, and the balance loss would then spread each family over all experts.
+    """
+    data = None
+    if args.variant != "scratch":
+        rows = skills.sample(args.task, "train", args.train_rows, args.seed)
+        data = [encode(row, tokenizer) for row in rows]
+    per_epoch = -(-len(data) // args.batch_size) if data else 16
+    for epoch in count(start // per_epoch):
+        rng = random.Random(f"{args.seed} {epoch}")
+        examples = data or [
+            encode(row, tokenizer) for row in skills.mixture(16 * args.batch_size, f"{args.seed} {epoch}")
+        ]
+        examples = rng.sample(examples, len(examples))
+        window = 16 * args.batch_size if data else 1
+        for i in range(0, len(examples), window):
+            examples[i : i + window] = sorted(examples[i : i + window], key=lambda e: len(e[0]) + len(e[1]))
+        cuts = rng.sample(range(per_epoch), per_epoch)
+        for cut in cuts[start - epoch * per_epoch if epoch == start // per_epoch else 0 :]:
+            batch = examples[cut * args.batch_size : (cut + 1) * args.batch_size]
+            yield pad_batch(batch, tokenizer.pad_id, args.device, args.train_on_inputs)
+
+
+# The step ------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, args) -> float:
+    """Linear warm-up to args.lr, linear decay to 0 after the last step."""
+    return args.lr * min((step + 1) / args.warmup, (args.steps - step) / max(args.steps - args.warmup, 1), 1.0)
+
+
+def mean_balance(routings: list[Routing], mask) -> torch.Tensor:
+    return torch.stack([load_balancing_loss(routing, mask) for routing in routings]).mean()
+
+
+def make_optimizer(model, args) -> torch.optim.AdamW:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},  # norms
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=1e-8, fused=True)
+    for p in trained:  # made here, not at the first step, so that a saved state has somewhere to go
+        zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+    return optimizer
+
+
+class InertCheck:
+    """Attached, listed, stepped, and inert is the commonest silent failure: every trainable tensor must get a gradient.
+
+    Two steps are watched, since A has none at the first one if B starts at 0.
+    """
+
+    def __init__(self, model):
+        self.silent = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def watch(self):
+        self.silent = {n: p for n, p in self.silent.items() if p.grad is None or not p.grad.any()}
+
+    def verdict(self, expected: str | None):
+        silent = [name for name in self.silent if expected is None or expected not in name]
+        if silent:
+            raise ValueError(f"{len(silent)} trainable tensors had no gradient in two steps: {', '.join(silent[:3])}; they "
+                             "are attached but inert. A learning rate of 0? Adapters that no token reaches?")  # fmt: skip
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the GPU's allocator, or of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0  # its Python has no way to ask
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# State: what --resume needs ------------------------------------------------------------------------------------------
+
+
+def state_tensors(model, optimizer) -> dict[str, torch.Tensor]:
+    """Everything that a step changes, by name: the trained parameters and AdamW's moments and step count."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            tensors[f"param.{name}"] = p.data
+            tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
+    return tensors
+
+
+def steps_done(optimizer) -> int:
+    return int(next(iter(optimizer.state.values()))["step"])
+
+
+class Log:
+    """metrics.jsonl: one JSON object a line; and the same on the screen, above the progress bar."""
+
+    def __init__(self, path: Path, keep_until: int | None):
+        kept = []
+        if keep_until is not None:  # resuming: lines after the saved state will be written again
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line).get("step", 0) <= keep_until]
+        write_text(path, "".join(line + "\n" for line in kept))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+
+    def write(self, text: str, **record):
+        tqdm.write(text)
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+def accuracy_line(when: str, args, accuracy: dict[str, float]) -> str:
+    """Two lines: the task, and how much of the pre-training families is still there."""
+    families = [f"{name} {100 * accuracy[name]:.0f}" for name in skills.FAMILIES]
+    task = f"{args.task} {100 * accuracy[args.task]:.1f} %, " if args.task in accuracy else ""
+    return (f"accuracy {when}: {task}pre-training families {100 * kept(accuracy, args.task):.1f} % (mean)\n"
+            f"    {' '.join(families)}")  # fmt: skip
+
+
+def kept(accuracy: dict[str, float], task: str) -> float:
+    """Mean accuracy on the families, without the one whose prompts the task answers differently."""
+    names = [name for name in skills.FAMILIES if name != skills.PARENT.get(task)]
+    return sum(accuracy[name] for name in names) / len(names)
+
+
+# The run -------------------------------------------------------------------------------------------------------------
+
+
+def build(args):
+    """The model with what trains, ready to train, and the tokenizer."""
+    model, tokenizer = load_base(args.base, args.dtype, args.device, random_weights=args.variant == "scratch")
+    torch.manual_seed(args.seed)
+    if args.variant == "scratch":
+        model.init_weights()
+        model.requires_grad_(True)
+    else:
+        options = {name: getattr(args, name, None) for name in PerftConfig.__dataclass_fields__ if name != "variant"}
+        apply_perft(model, args.variant, **{k: v for k, v in options.items() if v is not None})
+    return model, tokenizer
+
+
+def train(args):
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    out, scratch = Path(args.out), args.variant == "scratch"
+    model, tokenizer = build(args)
+    optimizer = make_optimizer(model, args)
+    config = {**vars(args), "torch": torch.__version__, "base_config": model.config.to_dict()}
+    if args.resume:
+        check_same_run(read_json(out / "config.json"), config)
+        read_safetensors(out / "state.safetensors", state_tensors(model, optimizer))
+    first = steps_done(optimizer)
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(out / "metrics.jsonl", first if args.resume else None)
+    if not args.resume:
+        for old in ("state.safetensors", "adapter_model.safetensors", "adapter_config.json"):
+            (out / old).unlink(missing_ok=True)  # of the run that --overwrite replaces
+        write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+
+    print("configuration: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v not in (None, False)))
+    for note in [] if scratch else warnings_for(model.adapter_config, model.config):
+        print(f"warning: {note}")
+    print(report(model))
+    names = [*([] if scratch else [args.task]), *skills.FAMILIES]
+
+    def measure(when):
+        accuracy = accuracies(model, tokenizer, names, args.eval_rows, args.task)
+        log.write(accuracy_line(when, args, accuracy), event=when, accuracy=accuracy, kept=kept(accuracy, args.task))
+
+    if not args.resume:
+        measure("before")
+    run_steps(args, model, tokenizer, optimizer, first, log)
+    if scratch:
+        model.save_pretrained(out / "model", torch.bfloat16)
+        saved = out / "model" / "model.safetensors"
+        read_back = MoETransformer.from_pretrained(out / "model", device=args.device)
+        model.load_state_dict(read_back.state_dict())  # what is reported is what is in the file
+    else:
+        save_adapter(model, out)
+        saved = out / "adapter_model.safetensors"
+    measure("after")
+    (out / "state.safetensors").unlink(missing_ok=True)
+    size = saved.stat().st_size
+    log.write(f"saved {saved} ({size:,} bytes)", event="saved", file=str(saved), bytes=size)
+
+
+def run_steps(args, model, tokenizer, optimizer, first: int, log: Log):
+    """The training loop."""
+    c_base = model.config.router_aux_loss_coef if args.balance is None else args.balance
+    c_adapter = model.config.router_aux_loss_coef if args.adapter_balance is None else args.adapter_balance
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inert, may_be_silent = InertCheck(model), "router" if args.adapter_weights == "base" else None
+    model.train()
+    data = batches(args, tokenizer, first)
+    tokens, since = 0, time.perf_counter()
+    print(
+        f"{'step':>6} {'cross-entropy':>13} {'balance':>8} {'lr':>9} {'grad norm':>9} {'tokens/s':>9} {'memory':>9} {'load':>6}"
+    )
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None, leave=False)
+    for step in bar:
+        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout: the step's own, however often the run was stopped
+        input_ids, labels, mask = next(data)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        output = model(input_ids, labels=labels)
+        balance = mean_balance(output.routings, mask)
+        loss = output.loss + c_base * balance
+        adapters = [routing.adapter for routing in output.routings if routing.adapter is not None]
+        adapter_balance = mean_balance(adapters, mask) if adapters else None
+        if adapters:
+            loss = loss + c_adapter * adapter_balance
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
+        if step < first + 2:
+            inert.watch()
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens += int(mask.sum())
+        if step == first + 1:
+            inert.verdict(may_be_silent)
+
+        done = step + 1
+        if done % args.log_every == 0 or done == args.steps:
+            if not torch.isfinite(loss):
+                raise ValueError(f"step {done}: the loss is {loss.item()}; try a lower --lr (it is {args.lr})")
+            load = [expert_load(routing, mask).tolist() for routing in output.routings]
+            record = {
+                "cross_entropy": output.loss.item(),
+                "balance": balance.item(),
+                "lr": learning_rate(step, args),
+                "grad_norm": grad_norm.item(),
+                "tokens_per_second": tokens / (time.perf_counter() - since),
+                "memory": peak_memory(args.device),
+                "largest_load": max(max(layer) for layer in load),
+            }
+            r = list(record.values())
+            line = f"{done:6} {r[0]:13.4f} {r[1]:8.3f} {r[2]:9.2e} {r[3]:9.3f} {r[4]:9,.0f} {r[5] / 1e9:6.2f} GB {r[6]:6.3f}"
+            if adapters:
+                record["adapter_balance"] = adapter_balance.item()
+                record["adapter_load"] = [expert_load(routing, mask).tolist() for routing in adapters]
+                line += f"   adapters: balance {record['adapter_balance']:.3f}"
+            log.write(line, event="step", step=done, **record, expert_load=load)
+            tokens, since = 0, time.perf_counter()
+        if done % args.save_every == 0 and done < args.steps:
+            write_safetensors(Path(args.out) / "state.safetensors", state_tensors(model, optimizer))
+    model.eval()
+
+
+def check_same_run(then: dict, now: dict):
+    """A run is continued with the flags it was begun with."""
+    free = {"resume", "overwrite", "out", "log_every", "save_every", "threads", "torch"}
+    changed = [f"{k} {then.get(k)!r} then, {v!r} now" for k, v in now.items() if k not in free and then.get(k) != v]
+    if changed:
+        raise ValueError(f"--resume continues a run as it was begun; changed: {'; '.join(changed)}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        train(args)
+    except (ValueError, OSError) as error:  # the user's input: one line, no traceback
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(
+            f"stopped; {args.out} keeps what was saved (every --save_every {args.save_every} steps: continue with --resume)"
+        )
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
