@@ -1,8 +1,8 @@
 """How good is a model? Exact-match accuracy on the skills of the embedded world, or its answer to one prompt.
 
-A row is right if greedy decoding would produce its answer and then the end token, nothing else. That needs no
-decoding: run the model once over prompt + answer; greedy decoding reproduces the answer exactly if and only if the most
-likely token is the right one at every position of it. (The first wrong position is where decoding would leave the path.)
+A row is right if greedy decoding would produce its answer, then the end token, and nothing else. That needs no
+decoding: run the model once over prompt + answer. Greedy decoding reproduces the answer if and only if the most likely
+token is the right one at every position of it; at the first where it is not, decoding would leave the path.
 
     python eval.py --adapter out/perft_s                  the accuracies that its training run reported
     python eval.py                                        the embedded base model, all families
@@ -78,8 +78,8 @@ def load_base(folder: str, dtype="float32", device="cpu", random_weights=False):
         model = MoETransformer.from_pretrained(folder, DTYPES[dtype], device)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}; "
-                         "tokenizer.json and config.json do not belong together")  # fmt: skip
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model "
+                         f"{model.config.vocab_size}: tokenizer.json and config.json do not belong together")
     return model, tokenizer
 
 
@@ -90,7 +90,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--base", help="model folder (default: the adapter's, or data/tiny_olmoe)")
     add("--tasks", nargs="+", choices=[*skills.TARGETS, *skills.FAMILIES], metavar="NAME", help="skills to measure")
     add("--eval_rows", type=int, help="test rows of the task; other skills get a fifth (default: the run's, or 500)")
-    add("--dtype", choices=DTYPES, default="float32")
+    add("--dtype", choices=DTYPES, help="of the base (default: the run's, or float32)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
     group = parser.add_argument_group("answer one prompt instead")
@@ -109,7 +109,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def evaluate(args):
     run = read_json(Path(args.adapter) / "config.json") if args.adapter else {}
-    model, tokenizer = load_base(args.base or run.get("base", TINY), args.dtype, args.device)
+    base, dtype = args.base or run.get("base", TINY), args.dtype or run.get("dtype", "float32")
+    model, tokenizer = load_base(base, dtype, args.device)
     if args.adapter:
         load_adapter(model, args.adapter)
     if args.prompt is not None:

@@ -310,7 +310,12 @@ class MoETransformer(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder, dtype: torch.dtype | None = None):
-        """Write config.json and model.safetensors with the hub's per-expert names (dtype None: as in memory)."""
+        """Write config.json and model.safetensors with the hub's per-expert names (dtype None: as in memory).
+
+        ValueError if something was attached to the model: its parts have no name in such a folder.
+        """
+        if not all(type(block.moe) is MoE and type(block.self_attn.q_proj) is nn.Linear for block in self.layers):
+            raise ValueError("the model carries adapters, a model folder cannot hold them; use perft.save_adapter")
         config = self.config.to_dict() | {"torch_dtype": str(dtype or self.norm.weight.dtype).removeprefix("torch.")}
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_safetensors(Path(folder) / "model.safetensors", hub_tensors(self), dtype)
@@ -335,7 +340,7 @@ class MoETransformer(nn.Module):
 
 
 def visible_keys(start: int, end: int, attention_mask, device) -> torch.Tensor:
-    """Which keys 0..end may the queries start..end see: those before them that are no padding. bool (B or 1, 1, T, S)"""
+    """Which of keys 0..end may queries start..end see? Those not after them, no padding. bool (B or 1, 1, T, S)."""
     keys, queries = torch.arange(end, device=device), torch.arange(start, end, device=device)
     causal = keys[None, :] <= queries[:, None]  # (T, S)
     if attention_mask is None:
@@ -348,7 +353,8 @@ def hub_tensors(model: MoETransformer, fused: bool = False) -> dict[str, torch.T
     """Tensor name in a Hugging Face checkpoint -> the part of our parameter it is (a view: copy into it, or save it).
 
     fused: the experts of a layer as two stacked tensors, as transformers 5 holds them in memory and may save them;
-    otherwise one tensor a matrix and expert, as every published checkpoint has it. w1, w3, w2: gate, up, down (Mixtral).
+    otherwise one tensor for each matrix of each expert, as published checkpoints have it (Mixtral calls gate, up, down
+    w1, w3, w2).
     """
     c, tensors = model.config, {}
     mixtral = c.model_type == "mixtral" and not fused

@@ -10,8 +10,8 @@ less than 1 (`norm_topk_prob` says which). The softmax comes before the top-k in
 The experts of a layer are two stacked parameters, and this file has two ways to run them:
 
   experts_loop     one turn of the loop is one term of eq. 1. The text book, and the reference of the tests.
-  experts_grouped  sort the N*K (token, slot) pairs by expert, run each product for all experts in one call on the sorted
-                   rows, sort back. The same numbers, no Python loop, and shapes that do not depend on the routing.
+  experts_grouped  sort the N*K (token, slot) pairs by expert, make each product for all experts in one call on the
+                   sorted rows, sort back. The same numbers, no Python loop, no shape that depends on the routing.
 
 A layer returns (y, Routing). The balance loss, the expert-load tables and ESFT's scores are all computed from Routing;
 nothing is left on a module for somebody else to find.
@@ -73,7 +73,7 @@ def experts_loop(x, routing, gate_up_proj, down_proj):
     return y
 
 
-# The grouped path 
+# The grouped path
 #
 # Sorting the R = N*K pairs by expert makes every expert's rows neighbours. `F.grouped_mm` then multiplies the rows of
 # group e, which end before row ends[e], by matrix e, for all e in one call (one kernel on a recent GPU).
@@ -209,8 +209,8 @@ def load_balancing_loss(routing: Routing, mask: torch.Tensor | None = None) -> t
 
     mask (N,) or (B, T): 1 counts, 0 (padding) does not. Switch Transformer (arXiv 2101.03961), eq. 4-6, for top-K.
 
-    transformers' `load_balancing_loss_func` differs twice. Its f_e is a share of the N tokens, so on one layer it returns
-    K times this number (minimum K). And it pools the tokens of all layers first, so that layers which each collapsed onto
+    transformers' `load_balancing_loss_func` differs twice. Its f_e is a share of the N tokens, so on one layer it is K
+    times this number (minimum K). And it pools the tokens of all layers first, so that layers which each collapsed onto
     other experts look balanced together; here every layer answers for itself, and the caller averages.
     """
     E = routing.router_logits.shape[-1]

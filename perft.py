@@ -5,8 +5,8 @@ adapters Delta: D -> r -> D that read the same input x, outside of the experts, 
 
     perft_s   y += Delta(x)                                              one adapter for every token        (single)
     perft_d   y += sum over j = 1..M of Delta_j(x)                       all M, weight 1 each               (dense)
-    perft_r   y += sum over j in TopK~(x) of G~(x)_j Delta_j(x)          M adapters with a router of their own (routed)
-    perft_e   y += sum over e in TopK(x) of G(x)_e Delta_e(x)            one for each expert, under its weight (embedded)
+    perft_r   y += sum over j in TopK~(x) of G~(x)_j Delta_j(x)          M, with a router of their own      (routed)
+    perft_e   y += sum over e in TopK(x) of G(x)_e Delta_e(x)            one an expert, under its weight    (embedded)
 
 The unit:  lora       Delta(x) = (dropout(x) A^T) B^T * alpha / r
            parallel   Delta(x) = silu(dropout(x A^T)) B^T                (A, B are the papers' W1, W2; no scale)
@@ -15,12 +15,16 @@ All four are one computation with a different gate g (N, M), so one class holds 
 are one product x A^T (N, M*r), the gate masks it, one product with B^T leads back. A gate that is 0 for an adapter
 nobody chose costs nothing that matters while M*r stays in the hundreds.
 
-Baselines beside them: lora_qv (LoRA on the attention's q and v projections), router (train only the pretrained routers),
+It is not LoRA on the experts: an adapter never touches an expert's own matrices, it stands beside the whole expert.
+So perft_e needs nothing of the expert but the router's choice and weight. For the same reason adapters (other than
+lora_qv) cannot be merged into the base: no weight of a SwiGLU expert is the sum of the expert and a network beside it.
+
+Baselines in the same file: lora_qv (LoRA on the attention's q and v projections), router (only the pretrained routers),
 frozen_experts (everything but the experts, MoFE), full (everything).
 
-Notation: the papers' A, B, r, alpha, M, Top K of M. Shapes: B_ batch, T time, N tokens, D hidden_size, E num_experts, M
-adapters, r rank. Adapters and their router are float32 whatever the base is, and are cast for the product: at a learning
-rate of 1e-5 most steps are too small for a bfloat16 number to change.
+Notation: the papers' A, B, r, alpha, M, Top K of M. Shapes: N tokens, D hidden_size, E num_experts, M adapters, r rank.
+Adapters and their router are float32 whatever the base is, and are cast for the product: at a learning rate of 1e-5
+most steps are too small to change a bfloat16 number.
 
 Three facts, each an option here and never silent:
   * The released OLMoE code of PERFT-R weights the adapters by the *base* router's K largest weights, rank by rank, so
@@ -29,7 +33,7 @@ Three facts, each an option here and never silent:
   * init="paper": A ~ N(0, 2/r), B ~ 1e-6 N(0, 1), router ~ N(0, 0.02^2); init="lora": Kaiming-uniform A, B = 0, with
     which every variant is the base model bit for bit. The two want different learning rates.
 
-Against the authors' code: its adapters draw one dropout mask each, here they share one. Left out: E combined with S, D or R.
+Against the authors' code: its adapters draw a dropout mask each, here they share one. Left out: E with S, D or R.
 
     python perft.py        the lesson: what each variant trains, by formula and by count, and the identities holding
 """
@@ -38,7 +42,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,15 +200,15 @@ def need(condition, message):
 def apply_perft(model: MoETransformer, variant: str, **options) -> MoETransformer:
     """Freeze `model`, attach `variant` to every layer, in place, and return it. Options: the fields of PerftConfig.
 
-    ValueError for an option that cannot be, and for a model that already carries adapters. Attach after the base has its
+    ValueError for an option that cannot be, and for a model that already carries adapters. Attach when the base has its
     dtype: a later model.to(dtype) would cast the float32 adapters too.
     """
     config = PerftConfig(variant, **options)
     config.check(model.config)
     need(not hasattr(model, "adapter_config"), "the model already carries adapters; load the base again")
-    trains_base = variant in ("full", "frozen_experts")
-    need(not trains_base or model.norm.weight.dtype == torch.float32,
-         f"{variant} trains the base's own weights; in {model.norm.weight.dtype} small steps would be lost: load float32")  # fmt: skip
+    dtype = model.norm.weight.dtype
+    fits = variant not in ("full", "frozen_experts") or dtype == torch.float32
+    need(fits, f"{variant} trains the base's own weights, and {dtype} would lose small steps; load the base in float32")
     model.requires_grad_(False)
     for i, block in enumerate(model.layers):
         if variant in PERFT:
@@ -239,15 +243,14 @@ def attach(moe: MoE, config: PerftConfig, base: Config, experts: list[int] | Non
 
 
 def warnings_for(config: PerftConfig, base: Config) -> list[str]:
-    """What a user should know before training with this configuration."""
-    notes = []
-    if config.variant == "perft_r" and config.top_k == 1 and base.norm_topk_prob and config.adapter_weights == "own":
-        notes.append("top_k 1 with renormalised weights: the weight is always 1, the adapter router learns nothing "
-                     "from the task")  # fmt: skip
-    if config.variant == "perft_r" and config.adapter_weights == "base":
-        notes.append("adapter_weights 'base' (the released OLMoE code): the adapter router chooses, but gets no gradient "
-                     "from the task")  # fmt: skip
-    return notes
+    """What a user should know before training with this configuration (facts 1 and 2 of the opening page)."""
+    if config.variant != "perft_r":
+        return []
+    if config.adapter_weights == "base":
+        return ["adapter_weights 'base': the adapter router chooses, but has no gradient from the task"]
+    if config.top_k == 1 and base.norm_topk_prob:
+        return ["top_k 1, renormalised: the weight is always 1, so the adapter router has no gradient from the task"]
+    return []
 
 
 # Counting ------------------------------------------------------------------------------------------------------------
@@ -324,7 +327,7 @@ def fingerprint(base: Config) -> dict:
 def save_adapter(model: MoETransformer, folder: str | Path):
     """Write adapter_config.json and adapter_model.safetensors (float32; only what trains) into `folder`.
 
-    lora_qv is written in PEFT's own layout and loads there. The others have a peft_type of their own, which PEFT refuses.
+    lora_qv is written in PEFT's own layout and loads there. The others carry a peft_type of their own: PEFT refuses it.
     """
     config: PerftConfig = model.adapter_config
     content = {"peft_type": "PERFT", **asdict(config), "base": fingerprint(model.config)}
@@ -362,3 +365,102 @@ def adapter_tensors(model: MoETransformer) -> dict[str, torch.Tensor]:
     if model.adapter_config.variant != "lora_qv":
         return tensors
     return {f"base_model.model.model.{name[:-1]}lora_{name[-1]}.weight": t for name, t in tensors.items()}
+
+
+def merge(model: MoETransformer) -> MoETransformer:
+    """Fold lora_qv into the base weights, in place: W += B A * alpha/r. What is left is a plain model.
+
+    ValueError for every other variant: an adapter beside a non-linear expert is not a change of its weights.
+    """
+    config: PerftConfig = model.adapter_config
+    need(config.variant == "lora_qv", f"{config.variant} cannot be merged: it stands beside a non-linear expert")
+    for block in model.layers:
+        for name in ("q_proj", "v_proj"):
+            lora = getattr(block.self_attn, name)
+            weight = lora.base.weight.data
+            weight += (lora.B.data @ lora.A.data * lora.scale).to(weight.dtype)
+            setattr(block.self_attn, name, lora.base)
+    del model.adapter_config
+    return model
+
+
+# The lesson ----------------------------------------------------------------------------------------------------------
+
+OLMOE_1B_7B = Config(
+    model_type="olmoe", vocab_size=50304, hidden_size=2048, intermediate_size=1024, num_hidden_layers=16,
+    num_attention_heads=16, num_experts=64, num_experts_per_tok=8,
+)  # fmt: skip
+MIXTRAL_8X7B = Config(
+    model_type="mixtral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True,
+)  # fmt: skip
+
+
+def formula(config: PerftConfig, base: Config) -> tuple[int, int]:
+    """(trainable, activated) parameters of a PERFT variant or lora_qv, as the papers count them."""
+    L, D, E, k = base.num_hidden_layers, base.hidden_size, base.num_experts, base.num_experts_per_tok
+    M, K, r = config.num_adapters, config.top_k, config.rank
+    q, v = base.num_attention_heads * base.head_dim, base.num_key_value_heads * base.head_dim  # output sizes
+    unit, qv = 2 * D * r, (D + q + D + v) * r
+    trained, met = {"perft_s": (unit, unit), "perft_d": (M * unit, M * unit), "perft_e": (E * unit, k * unit),
+                    "perft_r": (M * unit + M * D, K * unit + M * D), "lora_qv": (qv, qv)}[config.variant]  # fmt: skip
+    return L * trained, L * met
+
+
+def main():
+    tiny = Config.from_folder(Path(__file__).resolve().parent / "data" / "tiny_olmoe")
+    bases = {"OLMoE-1B-7B": OLMOE_1B_7B, "Mixtral-8x7B": MIXTRAL_8X7B, "data/tiny_olmoe": tiny}
+    for name, base in bases.items():
+        with torch.device("meta"):  # shapes without memory, so the sizes of the real models cost nothing
+            model = MoETransformer(base)
+        total, active = sum(p.numel() for p in model.parameters()), active_parameters(model)
+        print(f"\n{name}: {total:,} parameters, {active:,} active; adapters of rank 16 train")
+        for variant in (*PERFT, "lora_qv"):
+            with torch.device("meta"):
+                adapted = apply_perft(MoETransformer(base), variant)
+            config, rows = adapted.adapter_config, what_trains(adapted)
+            trained, met = sum(row.parameters for row in rows), sum(row.activated for row in rows)
+            same = "as the formula says" if (trained, met) == formula(config, base) else "NOT WHAT THE FORMULA SAYS"
+            top = f" (Top{config.top_k}/{config.num_adapters})" * (variant == "perft_r")
+            print(f"  {variant + top:18} {trained:12,} parameters ({trained / total:7.3%}), "
+                  f"{met:11,} met by a token ({met / active:7.3%}), {same}")  # fmt: skip
+
+    print("\nidentities (largest difference of the outputs of one layer; 0 is bit for bit)")
+    torch.manual_seed(0)
+    N, D, E, k, r = 64, 32, 8, 2, 4
+    base = replace(OLMOE_1B_7B, hidden_size=D, intermediate_size=16, num_experts=E, num_experts_per_tok=k,
+                   norm_topk_prob=True)  # fmt: skip
+    moe, x = MoE(base), torch.randn(1, N, D)
+    for p in moe.parameters():
+        nn.init.normal_(p, std=0.2)
+
+    def layer(variant, shared=None, **options):
+        """A layer with adapters of which each is a copy of `shared` (A, B), or random."""
+        wrapped = attach(moe, PerftConfig(variant, rank=r, dropout=0.0, **options), base, None)
+        if shared is not None:
+            for p, value in zip((wrapped.adapters.A, wrapped.adapters.B), shared):
+                p.data.copy_(value)
+        else:
+            nn.init.normal_(wrapped.adapters.B)
+        return wrapped
+
+    one = torch.randn(r, D), torch.randn(D, r)
+    y = moe(x)[0]
+    delta = layer("perft_s", one)(x)[0] - y
+    mean = layer("perft_r", num_adapters=4, top_k=4)
+    mean.adapters.router.weight.data.zero_()
+    dense = layer("perft_d", (mean.adapters.A.data, mean.adapters.B.data), num_adapters=4)
+    pairs = {
+        "R (1 of 1) = S": (layer("perft_r", one, num_adapters=1, top_k=1)(x)[0], y + delta),
+        "D (1) = S": (layer("perft_d", one, num_adapters=1)(x)[0], y + delta),
+        "D of 4 equal adapters = 4 S": (layer("perft_d", one, num_adapters=4)(x)[0], y + 4 * delta),
+        "R (4 of 4), zero router = mean of the adapters": (mean(x)[0], y + (dense(x)[0] - y) / 4),
+        "E of equal adapters, renormalised base = S": (layer("perft_e", one)(x)[0], y + delta),
+        **{f"{v}, B = 0: the base": (layer(v, (one[0], 0 * one[1]))(x)[0], y) for v in PERFT},
+    }
+    for name, (left, right) in pairs.items():
+        print(f"  {name:48} {(left - right).abs().max():.1e}")
+
+
+if __name__ == "__main__":
+    main()

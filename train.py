@@ -1,8 +1,8 @@
 """Fine-tune a Mixture-of-Experts model: one visible loop for every method, and for training the embedded base itself.
 
-    python train.py --variant perft_s                      the embedded base learns sixteen new words (minutes, on a CPU)
+    python train.py --variant perft_s                      the embedded base learns sixteen new words: minutes on a CPU
     python train.py --variant perft_r --num_adapters 8     eight adapters with a router of their own
-    python train.py --variant scratch --out out/base       re-make data/tiny_olmoe from random weights (an hour)
+    python train.py --variant scratch                      re-make data/tiny_olmoe from random weights: about an hour
 
 What happens, in this order, on the screen and in the run folder (--out; config.json and metrics.jsonl):
 
@@ -13,8 +13,8 @@ The loss of a step:
     cross-entropy over the labels + c_base * balance(base routers) + c_adapter * balance(adapter routers, PERFT-R only)
 
 balance is moe.load_balancing_loss, averaged over the layers: 1 is even. The labels are the answer and the end token;
---train_on_inputs adds the prompt. The base routers are frozen in most variants, yet c_base still moves adapters: those of
-earlier layers change what later routers see.
+--train_on_inputs adds the prompt. The base routers are frozen in most variants, yet c_base still moves adapters: those
+of earlier layers change what later routers see.
 
 A step depends on the seed and its own number only (data order, dropout), so a run that was stopped and continued with
 --resume gives the numbers of one that was not.
@@ -40,14 +40,19 @@ from perft import BASELINES, PERFT, PerftConfig, apply_perft, report, save_adapt
 
 VARIANTS = (*PERFT, *BASELINES, "scratch")
 
-# Options of each variant beyond those of all; a flag that does not apply is an error, not ignored.
-ADAPTER = {"rank", "alpha", "dropout", "train_router"}
+# The flags that only some variants take; given to another one, they are an error and not ignored.
+DATA, LORA, UNIT = {"task", "train_rows"}, {"rank", "alpha", "dropout", "train_router"}, {"kind", "init"}
+ROUTED = {"num_adapters", "top_k", "adapter_weights", "adapter_balance"}
 APPLIES = {
-    "perft_s": ADAPTER | {"kind", "init"},
-    "perft_d": ADAPTER | {"kind", "init", "num_adapters"},
-    "perft_r": ADAPTER | {"kind", "init", "num_adapters", "top_k", "adapter_weights", "adapter_balance"},
-    "perft_e": ADAPTER | {"kind", "init"},
-    "lora_qv": ADAPTER,
+    "perft_s": DATA | LORA | UNIT,
+    "perft_d": DATA | LORA | UNIT | {"num_adapters"},
+    "perft_r": DATA | LORA | UNIT | ROUTED,
+    "perft_e": DATA | LORA | UNIT,
+    "lora_qv": DATA | LORA,
+    "router": DATA,
+    "frozen_experts": DATA,
+    "full": DATA,
+    "scratch": set(),
 }
 # Defaults that differ by variant, for the embedded model: the best learning rate of a sweep on kinship_new (README).
 RECIPES = {
@@ -59,25 +64,22 @@ RECIPES = {
     "router": {"lr": 5e-3},
     "frozen_experts": {"lr": 1e-3},
     "full": {"lr": 1e-3},
-    "scratch": {"lr": 3e-3, "steps": 9000, "batch_size": 96, "warmup": 200, "weight_decay": 0.1, "beta2": 0.98},
+    "scratch": {"lr": 3e-3, "steps": 8000, "batch_size": 96, "warmup": 200, "weight_decay": 0.1, "beta2": 0.98},
 }
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     own = PerftConfig("perft_s")  # the defaults of the adapter flags stand there
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--variant", choices=VARIANTS, required=True, help="what trains; scratch: everything, from random weights")
 
     group = parser.add_argument_group("model and task")
     add = group.add_argument
     add("--base", default=TINY, help="model folder (config.json, model.safetensors, tokenizer.json)")
-    add(
-        "--task", choices=[*skills.TARGETS, *skills.FAMILIES], default=skills.DEFAULT_TARGET, help="what it is to learn"
-    )
-    add("--train_rows", type=int, default=4000, help="distinct draws of the task that training cycles through")
+    tasks = [*skills.TARGETS, *skills.FAMILIES]
+    add("--task", choices=tasks, metavar="NAME", help=f"what to learn ({skills.DEFAULT_TARGET}): {', '.join(tasks)}")
+    add("--train_rows", type=int, help="draws of the task that training cycles through (4000)")
     add("--train_on_inputs", action="store_true", help="labels on the prompt too, not only on the answer")
     add("--dtype", choices=DTYPES, default="float32", help="of the base; adapters are float32 always")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
@@ -91,11 +93,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--top_k", type=int, help=f"K of perft_r ({own.top_k})")
     add("--kind", choices=("lora", "parallel"), help=f"adapter unit ({own.kind})")
     add("--init", choices=("paper", "lora"), help=f"adapter weights at the start ({own.init})")
-    add(
-        "--adapter_weights",
-        choices=("own", "base"),
-        help=f"perft_r: weigh adapters by which router ({own.adapter_weights})",
-    )
+    add("--adapter_weights", choices=("own", "base"), help=f"perft_r: which router weighs ({own.adapter_weights})")
     add("--dropout", type=float, help=f"on the adapter's input ({own.dropout})")
     add("--train_router", action="store_true", default=None, help="also train the pretrained routers")
 
@@ -124,12 +122,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].variant])
     args = parser.parse_args(argv)
     args.out = args.out or f"out/{args.variant}"
-    for flag in sorted(ADAPTER.union(*APPLIES.values())):
-        if getattr(args, flag) is not None and flag not in APPLIES.get(args.variant, ()):
-            takes = ", ".join(v for v in VARIANTS if flag in APPLIES.get(v, ()))
+    for flag in sorted(set().union(*APPLIES.values()) - APPLIES[args.variant]):
+        if getattr(args, flag) is not None:
+            takes = ", ".join(v for v in VARIANTS if flag in APPLIES[v])
             parser.error(f"--{flag} does not apply to --variant {args.variant}; it applies to {takes}")
-    for flag in ("steps", "warmup", "batch_size", "train_rows", "log_every", "save_every", "eval_rows"):
-        if getattr(args, flag) < 1:
+    if args.variant != "scratch":
+        args.task, args.train_rows = args.task or skills.DEFAULT_TARGET, args.train_rows or 4000
+    for flag in ("steps", "warmup", "batch_size", "train_rows", "log_every", "save_every", "eval_rows", "threads"):
+        if (getattr(args, flag) or 1) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if args.variant == "scratch" and args.dtype != "float32":
         parser.error(f"--dtype {args.dtype} with --variant scratch: all weights train, so they are float32")
@@ -150,8 +150,8 @@ def batches(args, tokenizer, start: int):
     """The batches from step `start` on, for ever: (input_ids, labels, mask), each (B, T); see `pad_batch`.
 
     An epoch is a permutation of the task's rows. Rows of like length share a batch, 16 batches at a time, which leaves
-    little padding and still mixes. Pre-training is never sorted (nor repeated: an epoch is 16 batches of new rows): like
-    length is like family here, and the balance loss would then spread each family over all experts.
+    little padding and still mixes. Pre-training is not sorted (nor repeated: its epoch is 16 batches of new rows): like
+    length is like family there, and the balance loss would spread each family over all experts.
     """
     data = None
     if args.variant != "scratch":
@@ -211,10 +211,11 @@ class InertCheck:
         self.silent = {n: p for n, p in self.silent.items() if p.grad is None or not p.grad.any()}
 
     def verdict(self, expected: str | None):
+        """ValueError naming the tensors still without one; names that contain `expected` were warned about before."""
         silent = [name for name in self.silent if expected is None or expected not in name]
         if silent:
-            raise ValueError(f"{len(silent)} trainable tensors had no gradient in two steps: {', '.join(silent[:3])}; they "
-                             "are attached but inert. A learning rate of 0? Adapters that no token reaches?")  # fmt: skip
+            raise ValueError(f"{len(silent)} trainable tensors had no gradient in two steps: {', '.join(silent[:3])}; "
+                             "attached but inert. Is the learning rate 0, or does no token reach these adapters?")
 
 
 def peak_memory(device: str) -> int:
@@ -342,13 +343,12 @@ def run_steps(args, model, tokenizer, optimizer, first: int, log: Log):
     c_base = model.config.router_aux_loss_coef if args.balance is None else args.balance
     c_adapter = model.config.router_aux_loss_coef if args.adapter_balance is None else args.adapter_balance
     trained = [p for p in model.parameters() if p.requires_grad]
-    inert, may_be_silent = InertCheck(model), "router" if args.adapter_weights == "base" else None
+    inert = InertCheck(model)
+    warned = args.variant != "scratch" and warnings_for(model.adapter_config, model.config)
     model.train()
     data = batches(args, tokenizer, first)
     tokens, since = 0, time.perf_counter()
-    print(
-        f"{'step':>6} {'cross-entropy':>13} {'balance':>8} {'lr':>9} {'grad norm':>9} {'tokens/s':>9} {'memory':>9} {'load':>6}"
-    )
+    print("  step cross-entropy  balance        lr grad norm  tokens/s    memory   load")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None, leave=False)
     for step in bar:
         torch.manual_seed(args.seed * 1_000_003 + step)  # dropout: the step's own, however often the run was stopped
@@ -370,7 +370,7 @@ def run_steps(args, model, tokenizer, optimizer, first: int, log: Log):
         optimizer.zero_grad()
         tokens += int(mask.sum())
         if step == first + 1:
-            inert.verdict(may_be_silent)
+            inert.verdict("adapters.router" if warned else None)
 
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
@@ -387,7 +387,8 @@ def run_steps(args, model, tokenizer, optimizer, first: int, log: Log):
                 "largest_load": max(max(layer) for layer in load),
             }
             r = list(record.values())
-            line = f"{done:6} {r[0]:13.4f} {r[1]:8.3f} {r[2]:9.2e} {r[3]:9.3f} {r[4]:9,.0f} {r[5] / 1e9:6.2f} GB {r[6]:6.3f}"
+            line = f"{done:6} {r[0]:13.4f} {r[1]:8.3f} {r[2]:9.2e} {r[3]:9.3f} {r[4]:9,.0f} {r[5] / 1e9:6.2f} GB"
+            line += f" {r[6]:6.3f}"
             if adapters:
                 record["adapter_balance"] = adapter_balance.item()
                 record["adapter_load"] = [expert_load(routing, mask).tolist() for routing in adapters]
@@ -414,9 +415,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:  # the user's input: one line, no traceback
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print(
-            f"stopped; {args.out} keeps what was saved (every --save_every {args.save_every} steps: continue with --resume)"
-        )
+        print(f"stopped; {args.out} holds the state of every {args.save_every} steps: continue with --resume")
         sys.exit(130)
 
 

@@ -6,9 +6,9 @@ A safetensors file is
     header      JSON: {name: {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
     data        the tensors' raw bytes, little-endian, row-major; the offsets count from here
 
-Nothing in it is executed, and a tensor is found without reading the others: the file is mapped into memory and a tensor
-is a view of the map. The header may lie, so every number in it is checked before it is used. Every fault is a ValueError
-or FileNotFoundError of one line: where, what, what to do.
+Nothing in it is executed, and a tensor is found without reading the others: the file is mapped into memory, and a
+tensor is a view of the map. The header may lie, so every number in it is checked before it is used. Every fault is a
+ValueError or a FileNotFoundError of one line: where, what, what to do.
 
 Writing goes to a temporary name beside the target, which is then renamed: a reader sees the old file or the new one.
 """
@@ -83,7 +83,7 @@ class SafetensorsFile(Mapping):
         return entries
 
     def check(self, entries: dict, size: int) -> dict:
-        """Every entry lies inside the `size` bytes of data, is as long as its dtype and shape say, and overlaps none."""
+        """Each entry lies inside the `size` bytes of data, is as long as its dtype and shape say, and overlaps none."""
         spans = []
         for name, entry in entries.items():
             if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
@@ -160,8 +160,8 @@ def tensor_names(folder: str | Path) -> list[str]:
 def load_checkpoint(folder: str | Path, places: dict[str, torch.Tensor]):
     """Copy each tensor of a model folder into its place, converting dtype and device; every one exactly once.
 
-    ValueError naming them where a tensor has no place, a place no tensor, a tensor stands in two files, or shapes differ:
-    found before the first copy.
+    ValueError, before the first copy, where a tensor has no place, a place has no tensor, a tensor stands in two files,
+    or shapes differ; it names them.
     """
     files = [SafetensorsFile(path) for path in checkpoint_files(folder)]
     names = [name for file in files for name in file]
@@ -174,8 +174,8 @@ def copy_all(source, files, names, places):
         raise ValueError(f"{source}: {len(missing)} tensors are missing: {some(missing)}; is it complete, and "
                          "does config.json belong to it?")  # fmt: skip
     if extra:
-        raise ValueError(f"{source}: {len(extra)} tensors that the model does not have: {some(extra)}; does config.json "
-                         "belong to it?")  # fmt: skip
+        raise ValueError(f"{source}: {len(extra)} tensors that the model does not have: {some(extra)}; does "
+                         "config.json belong to it?")
     if len(set(names)) < len(names):
         raise ValueError(f"{source}: tensor {max(names, key=names.count)!r} stands in more than one file")
     for file in files:

@@ -283,8 +283,8 @@ PARENT = {"kinship_new": "kinship", "lexicon_new": "translate", "order_new": "tr
 DEFAULT_TARGET = "kinship_new"
 
 # Share of each family among pre-training rows (out of the sum): the harder ones are seen more often.
-SHARES = {"reverse": 1, "sort": 2, "cipher": 1, "rotate": 1, "kinship": 2, "height": 2}
-SHARES |= {"day": 2, "logic": 2, "add": 2, "mod": 2, "translate": 2, "quiz": 3}
+SHARES = {"reverse": 1, "sort": 1, "cipher": 1, "rotate": 1, "kinship": 1, "height": 3}
+SHARES |= {"day": 3, "logic": 2, "add": 3, "mod": 3, "translate": 1, "quiz": 2}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

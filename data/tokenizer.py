@@ -13,14 +13,15 @@ Two layouts are read, and everything else is refused:
 
     byte-level       OLMoE, GPT-NeoX and train_bpe below: symbols are the 256 bytes; text is cut by a regular expression
                      that leaves a space at the front of its word ("a cat" -> "a", " cat"); the id is the rank.
-    sentencepiece    Mixtral, Llama 2: symbols are characters; one outside the vocabulary falls back to its UTF-8 bytes;
-                     nothing cuts the text; a space is written U+2581, and one is put before the text. Ids are not in
-                     merge order, so ranks are our own and a table takes them to ids.
+    sentencepiece    Mixtral: symbols are characters; one outside the vocabulary falls back to its UTF-8 bytes; nothing
+                     cuts the text; a space is written U+2581, and one is put before the text. Ids are not in merge
+                     order, so the ranks are our own and a table takes them to ids.
 
-What differs from the `tokenizers` library, which wrote the files: the ids are equal, in a fraction of the time, but
+What differs from the `tokenizers` library, which wrote the files: the ids are equal, in about a fifth of the time, but
 special tokens (<s>, <|endoftext|>, OLMoE's |||IP_ADDRESS|||) are never found in a user's text, where they are so many
 letters; no BOS or EOS is added (`bos_id` and `eos_id` are the caller's to place); no offsets, padding or truncation.
-A limit: an unbroken run of about half a million newlines overflows the regular expression engine and panics.
+NFC, which puts accents in order, is Python's; the library's is of 2016 and does not know the few dozen rarest marks.
+A limit: an unbroken run of half a million newlines is too much for tiktoken's regular expressions, which panic.
 
     python data/tokenizer.py                       the tokenizer of data/tiny_olmoe, and a sentence
     python data/tokenizer.py FOLDER "some text"    ids, pieces, and the text they decode to
@@ -68,7 +69,7 @@ def special_id(role: str, config: dict, added: dict[str, int]) -> int | None:
     """The id of "bos", "eos" or "pad" from config.json, else by its name among the added tokens, else None."""
     given = config.get(f"{role}_token_id")
     if isinstance(given, list):  # several ends of text: the first is the one to append
-        given = given[0]
+        given = given[0] if given else None
     return given if given is not None else next((added[name] for name in SPECIAL_NAMES[role] if name in added), None)
 
 
@@ -174,7 +175,7 @@ class ByteLevel(Tokenizer):
             raise ValueError(f"the added tokens are runs of {sorted(runs)} spaces; supported: each length from 2 up")
         ranked += sorted(((b" " * length, i) for length, i in runs.items()), key=lambda run: run[1])
         run, blank = (f" {{2,{max(runs)}}}|", r"(?! {2})\s") if runs else ("", r"\s")
-        # White space in front of a word leaves its last character to the word (or, a tab or newline, by itself).
+        # White space before a word stops one short: a last space goes with the word, a last newline stands alone.
         pattern = rf"{run}{self.WORDS}|(?:{blank}(?!\S))+|\s"
 
         pieces = {i: unspell(piece) for piece, i in vocab.items() if piece not in added}
@@ -185,7 +186,7 @@ class ByteLevel(Tokenizer):
         return unicodedata.normalize("NFC", text) if self.nfc and not text.isascii() else text
 
 
-# ------------------------------------------------------------------------------------- sentencepiece: Mixtral, Llama 2
+# ---------------------------------------------------------------------------------------------- sentencepiece: Mixtral
 
 MARK = "\u2581"  # how sentencepiece writes a space
 
@@ -214,9 +215,10 @@ class SentencePiece(Tokenizer):
         if None in byte_ids:
             raise ValueError(f"byte_fallback, but the vocabulary lacks <0x{byte_ids.index(None):02X}>")
         merged = merged_pieces(spec["model"])
-        for piece in merged:  # what makes the cut below exact
-            if MARK in piece.lstrip(MARK):
-                raise ValueError(f"the piece {piece!r} has a space inside; supported are spaces in front")
+        runs = [piece for piece in merged if not piece.strip(MARK)]
+        words = merged[: len(merged) - len(runs)]
+        if odd := next((piece for piece in words if not piece.strip(MARK) or MARK in piece.lstrip(MARK)), None):
+            raise ValueError(f"the piece {odd!r}: supported are spaces in front, and runs of spaces as the last merges")
 
         ranked = [(bytes([byte]), i) for byte, i in enumerate(byte_ids)]
         self.beginnings = {}
@@ -232,12 +234,12 @@ class SentencePiece(Tokenizer):
 
         # Runs of spaces all have the same, the lowest, score, and of equals the leftmost pair is joined first. So a run
         # grows from its left end, which is what ranking the longest first does.
-        runs = sorted((piece for piece in merged if not piece.strip(MARK)), key=len, reverse=True)
-        for piece in [piece for piece in merged if piece.strip(MARK)] + runs:
+        for piece in words + sorted(runs, key=len, reverse=True):
             ranked.append((piece.replace(MARK, " ").encode(), vocab[piece]))
 
         pieces = {i: piece.replace(MARK, " ").encode() for piece, i in vocab.items() if piece not in added}
         pieces |= {i: bytes([byte]) for byte, i in enumerate(byte_ids)}
+        # Nothing is ever joined across the end of a word, so cutting there changes nothing and keeps the parts short.
         super().__init__(spec, config, " *[^ ]+| +", ranked, pieces)
         self.beginnings = {i: [byte_ids[byte] for byte in data] for data, i in self.beginnings.items()}
 
