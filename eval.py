@@ -11,6 +11,7 @@ token is the right one at every position of it; at the first where it is not, de
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from model import Config, MoETransformer
 from perft import load_adapter
 
 TINY = str(Path(__file__).resolve().parent / "data" / "tiny_olmoe")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -83,24 +85,34 @@ def load_base(folder: str, dtype="float32", device="cpu", random_weights=False):
     return model, tokenizer
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with help that reads like a page, and with mistakes in one line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=110), **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0], usage="python eval.py [options]")
     add = parser.add_argument
-    add("--adapter", help="run folder of train.py; its base and task are taken from there")
-    add("--base", help="model folder (default: the adapter's, or data/tiny_olmoe)")
+    add("--adapter", metavar="DIR", help="run folder of train.py; its base and task are taken from there")
+    add("--base", metavar="DIR", help="model folder (default: the adapter's, or data/tiny_olmoe)")
     add("--tasks", nargs="+", choices=[*skills.TARGETS, *skills.FAMILIES], metavar="NAME", help="skills to measure")
-    add("--eval_rows", type=int, help="test rows of the task; other skills get a fifth (default: the run's, or 500)")
+    add("--eval_rows", type=int, metavar="N", help="test rows of the task; others get a fifth (the run's, or 500)")
     add("--dtype", choices=DTYPES, help="of the base (default: the run's, or float32)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", metavar="NAME", default=DEVICE, help="cpu, cuda, cuda:1 ... (%(default)s)")
 
     group = parser.add_argument_group("answer one prompt instead")
     add = group.add_argument
-    add("--prompt", help="the text to continue")
-    add("--max_new_tokens", type=int, default=32)
-    add("--num_beams", type=int, default=1)
-    add("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
-    add("--top_p", type=float, default=1.0)
-    add("--seed", type=int, default=0)
+    add("--prompt", metavar="TEXT", help="the text to continue")
+    add("--max_new_tokens", type=int, metavar="N", default=32, help="at most so many (%(default)s)")
+    add("--num_beams", type=int, metavar="N", default=1, help="beams of a beam search (1: none)")
+    add("--temperature", type=float, metavar="X", default=0.0, help="0: the likeliest token each time")
+    add("--top_p", type=float, metavar="X", default=1.0, help="draw from the likeliest tokens of this mass (1: all)")
+    add("--seed", type=int, metavar="N", default=0, help="of the draws (%(default)s)")
     args = parser.parse_args(argv)
     if args.eval_rows is not None and args.eval_rows < 1:
         parser.error(f"--eval_rows {args.eval_rows}: must be at least 1")

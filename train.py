@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import skills
 from data.checkpoint import read_json, read_safetensors, write_safetensors, write_text
-from eval import DTYPES, TINY, accuracies, encode, load_base, pad_batch
+from eval import DEVICE, DTYPES, TINY, Parser, accuracies, encode, load_base, pad_batch
 from model import MoETransformer
 from moe import Routing, expert_load, load_balancing_loss
 from perft import BASELINES, PERFT, PerftConfig, apply_perft, report, save_adapter, warnings_for
@@ -70,54 +70,54 @@ RECIPES = {
 
 def parse_args(argv=None) -> argparse.Namespace:
     own = PerftConfig("perft_s")  # the defaults of the adapter flags stand there
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0], usage="python train.py --variant NAME [options]")
     add = parser.add_argument
-    add("--variant", choices=VARIANTS, required=True, help="what trains; scratch: everything, from random weights")
+    add("--variant", choices=VARIANTS, required=True, metavar="NAME", help=f"what trains: {', '.join(VARIANTS)}")
 
     group = parser.add_argument_group("model and task")
     add = group.add_argument
-    add("--base", default=TINY, help="model folder (config.json, model.safetensors, tokenizer.json)")
+    add("--base", default=TINY, metavar="DIR", help="model folder (data/tiny_olmoe)")
     tasks = [*skills.TARGETS, *skills.FAMILIES]
     add("--task", choices=tasks, metavar="NAME", help=f"what to learn ({skills.DEFAULT_TARGET}): {', '.join(tasks)}")
-    add("--train_rows", type=int, help="draws of the task that training cycles through (4000)")
+    add("--train_rows", type=int, metavar="N", help="draws of the task that training cycles through (4000)")
     add("--train_on_inputs", action="store_true", help="labels on the prompt too, not only on the answer")
-    add("--dtype", choices=DTYPES, default="float32", help="of the base; adapters are float32 always")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
-    add("--threads", type=int, help="CPU threads of torch (its own choice if not given)")
+    add("--dtype", choices=DTYPES, default="float32", help="of the base, adapters are float32 always (float32)")
+    add("--device", metavar="NAME", default=DEVICE, help="cpu, cuda, cuda:1 ... (%(default)s)")
+    add("--threads", type=int, metavar="N", help="CPU threads of torch (its own choice if not given)")
 
     group = parser.add_argument_group("adapters (which apply depends on the variant)")
     add = group.add_argument
-    add("--rank", type=int, help=f"r, width of an adapter ({own.rank})")
-    add("--alpha", type=float, help="scale is alpha/r (2r)")
-    add("--num_adapters", type=int, help=f"M of perft_d and perft_r ({own.num_adapters})")
-    add("--top_k", type=int, help=f"K of perft_r ({own.top_k})")
+    add("--rank", type=int, metavar="N", help=f"r, width of an adapter ({own.rank})")
+    add("--alpha", type=float, metavar="X", help="scale is alpha/r (2r)")
+    add("--num_adapters", type=int, metavar="N", help=f"M of perft_d and perft_r ({own.num_adapters})")
+    add("--top_k", type=int, metavar="N", help=f"K of perft_r ({own.top_k})")
     add("--kind", choices=("lora", "parallel"), help=f"adapter unit ({own.kind})")
     add("--init", choices=("paper", "lora"), help=f"adapter weights at the start ({own.init})")
     add("--adapter_weights", choices=("own", "base"), help=f"perft_r: which router weighs ({own.adapter_weights})")
-    add("--dropout", type=float, help=f"on the adapter's input ({own.dropout})")
+    add("--dropout", type=float, metavar="X", help=f"on the adapter's input ({own.dropout})")
     add("--train_router", action="store_true", default=None, help="also train the pretrained routers")
 
     group = parser.add_argument_group("optimisation (AdamW, warm-up, then linear decay to 0)")
     add = group.add_argument
-    add("--lr", type=float, help="peak learning rate (by variant: see RECIPES in this file)")
-    add("--steps", type=int, default=300, help="optimiser steps")
-    add("--batch_size", type=int, default=64, help="rows a step")
-    add("--warmup", type=int, default=20, help="steps of warm-up")
-    add("--weight_decay", type=float, default=0.0, help="on matrices that train")
-    add("--beta2", type=float, default=0.999, help="AdamW's memory of squared gradients")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
-    add("--balance", type=float, help="c_base (router_aux_loss_coef of the base's config)")
-    add("--adapter_balance", type=float, help="c_adapter of perft_r (the same)")
-    add("--seed", type=int, default=0)
+    add("--lr", type=float, metavar="X", help="peak learning rate (by variant: see RECIPES in this file)")
+    add("--steps", type=int, metavar="N", default=300, help="optimiser steps (%(default)s)")
+    add("--batch_size", type=int, metavar="N", default=64, help="rows a step (%(default)s)")
+    add("--warmup", type=int, metavar="N", default=20, help="steps of warm-up (%(default)s)")
+    add("--weight_decay", type=float, metavar="X", default=0.0, help="on matrices that train (%(default)s)")
+    add("--beta2", type=float, metavar="X", default=0.999, help="AdamW's memory of squared gradients (%(default)s)")
+    add("--clip", type=float, metavar="X", default=1.0, help="largest gradient norm (%(default)s)")
+    add("--balance", type=float, metavar="X", help="c_base (router_aux_loss_coef of the base's config)")
+    add("--adapter_balance", type=float, metavar="X", help="c_adapter of perft_r (the same)")
+    add("--seed", type=int, metavar="N", default=0, help="of adapter weights, row order and dropout (%(default)s)")
 
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--out", help="run folder (out/VARIANT)")
+    add("--out", metavar="DIR", help="run folder (out/VARIANT)")
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
     add("--resume", action="store_true", help="continue the run that the folder holds")
-    add("--log_every", type=int, default=20, help="steps a line")
-    add("--save_every", type=int, default=500, help="steps between states that --resume continues from")
-    add("--eval_rows", type=int, default=500, help="test rows of the task; every family gets a fifth of it")
+    add("--log_every", type=int, metavar="N", default=20, help="steps a line (%(default)s)")
+    add("--save_every", type=int, metavar="N", default=500, help="steps between states to resume from (%(default)s)")
+    add("--eval_rows", type=int, metavar="N", default=500, help="test rows of the task; families a fifth (%(default)s)")
 
     parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].variant])
     args = parser.parse_args(argv)

@@ -370,7 +370,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens=("<|endoftex
 def main():
     parser = argparse.ArgumentParser(description="Show how a tokenizer cuts a text.")
     parser.add_argument("folder", nargs="?", default=Path(__file__).parent / "tiny_olmoe", help="has a tokenizer.json")
-    parser.add_argument("text", nargs="?", default="Sixteen experts, 2 at a time: each token picks its own.")
+    parser.add_argument("text", nargs="?", default="Sixteen experts, and each token picks its own 2.", help="any text")
     args = parser.parse_args()
     try:
         tokenizer = load_tokenizer(args.folder)
