@@ -1,0 +1,468 @@
+"""data/tokenizer.py against the `tokenizers` and `sentencepiece` libraries: the same ids for every text, and back.
+
+The real files of OLMoE and Mixtral are looked for in ../shared/tokenizers/{olmoe,mixtral}; where they are absent, what
+needs them is skipped, and a small tokenizer learned on the spot stands for the byte-level kind.
+
+The references would find "<s>" or "|||IP_ADDRESS|||" in a text and make it a special token. Here a user's text is only
+text, so the references are read from files without their added tokens (except the runs of spaces, which are text).
+"""
+
+import json
+import random
+import subprocess
+import sys
+import unicodedata
+from bisect import bisect_left
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from data.tokenizer import load_tokenizer, spell, train_bpe, unspell
+
+tokenizers = pytest.importorskip("tokenizers")
+
+ROOT = Path(__file__).parents[1]
+REAL = Path(__file__).parents[2] / "shared" / "tokenizers"
+
+# ------------------------------------------------------------------------------------------------------------- texts
+
+LESSON = """The router scores 64 experts for each token, and eight of them are run. It's the tokens that choose; they'll
+choose 8, we've said, and don't ask why: "because" isn't an answer. Ann is 12, Bob is 7; 12 + 7 = 19, and 1,000,000.5.
+
+def route(x, k=8):
+    scores = softmax(x @ W.T)   # (N, E)
+\tfor i in range(len(scores)):
+        if scores[i] > 0.125:\r\n            yield  i,   scores[i]
+"""
+
+TEXTS = [
+    "", " ", "a", " a", "a ", "Hello world", LESSON, LESSON.replace("\n", "\r\n"), LESSON.upper(), LESSON * 20,
+    "I'm you're he'd she'll we've it's don't 'tis 's 'S 'LL ' s ''s x'd' 'll'll 're're",
+    "0 1 12 123 1234567890 3.14159 -1e-10 0x7fff 1,234,567.89 ½ ² ³ Ⅷ ٣٤٥ १२३ 12abc34 a1b2c3",
+    "你好，世界。機械学習 こんにちは 안녕하세요 中文English混合123",
+    "Привет, мир! Γειά σου Κόσμε שלום עולם مرحبا بالعالم สวัสดี",
+    "👩‍👩‍👧‍👦 👍🏽 🏳️‍🌈 🇩🇪🇯🇵 ❤️ 1️⃣ 👨🏿‍🚀👩🏻‍🔬 🫠",
+    "e\u0301 n\u0303 o\u0302\u0323 o\u0323\u0302 \u0301x Å \u212b ﬁ ｆｕｌｌ 각 \u1100\u1161\u11a8",
+    "q\u0307\u0323 \u0344 \u0958 \u2126 \ufb1d \u1e9b\u0323 z\u0335\u0327\u0301\u0308",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 \U0001f9ff \U0010ffff \ue000 \ufdd0 \ufffd \ufeff x\u200by\u2028z\u2029",
+    "a\u00a0b\u2003c\u3000d\u0085e\u001cf \u00a0 \u3000\u3000 g", "\x00\x01\x02 \x7f\x80\x9f",
+    "\t\t\n\n \t \n\r\n \r \n\t x", "▁", "▁▁", "a▁b", " ▁ a ▁", "<0x41>", "<0xE2><0x82><0xAC>",
+    "snake_case __init__ CamelCase kebab-case a->b !=== <|im_start|> {{}} [[ ]] $x^2$ \\n \\\\ https://a.b/c?d=e&f=%20",
+    "a" * 40, "=" * 200 + "-" * 99,
+]  # fmt: skip
+SPECIAL_TEXTS = [
+    "<|endoftext|>", "a<|endoftext|>b", "<|padding|>", " <|padding|> ", "<s>", "</s>", "<s> hi</s>", "<unk>", "x<unk>y",
+    "|||IP_ADDRESS|||", "mail |||EMAIL_ADDRESS||| or |||PHONE_NUMBER|||.", "<|endoftext|><|endoftext|>",
+]  # fmt: skip
+CODE_POINTS = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
+
+
+def young_mark(character: str) -> bool:
+    """A combining mark that Unicode 3.2 did not have. The library's NFC, of Unicode 9, misses the last fifty of these
+    and leaves such a mark where it stands beside another; Python's puts the two in order."""
+    return bool(unicodedata.combining(character)) and not unicodedata.ucd_3_2_0.combining(character)
+
+
+def runs_of_spaces():
+    for n in range(301):
+        run = " " * n
+        yield from (run, f"{run}x", f"x{run}", f"x{run}y", f"\n{run}1\n", "\t" * (n % 7) + run)
+
+
+def random_texts(seed: int, count: int):
+    """Words, blanks, symbols and single characters of many scripts thrown together, and random bytes read as text."""
+    rng = random.Random(seed)
+    words = [word for text in TEXTS for word in text.split()] + SPECIAL_TEXTS
+    blanks = [*"  \n\t\xa0\u3000\v\f\x85", "  ", "   ", "     ", "\r\n", "\n\n"]
+    symbols = [*"0123456789'\".,;:!?-_/\\(){}<>|=+*&^%$#@~`▁", "'s", "'ll", "'T", "..."]
+    marks = [chr(point) for point in (*range(0x300, 0x36F), 0x93C, 0x94D, 0x5B0, 0x64B, 0x3099, 0x200D, 0xFE0F, 0x20E3)]
+    scripts = [range(0x20, 0x7F), range(0xA0, 0x250), range(0x370, 0x530), range(0x5D0, 0x700), range(0x900, 0xE00)]
+    scripts += [range(0x3040, 0x3100), range(0x4E00, 0xA000), range(0xAC00, 0xD7A4), range(0x1F300, 0x1FAFF)]
+    scripts = [[character for character in map(chr, script) if not young_mark(character)] for script in scripts]
+
+    def bit():
+        kind = rng.randrange(10)
+        if kind < 3:
+            return rng.choice(words)
+        if kind < 6:
+            return rng.choice(blanks) * rng.choice((1, 1, 1, 2, 7))
+        if kind < 8:
+            return rng.choice((symbols, marks))[rng.randrange(40)]
+        return "".join(rng.choices(rng.choice(scripts), k=rng.randrange(1, 6)))
+
+    for i in range(count):
+        if i % 8 == 0:
+            yield rng.randbytes(rng.randrange(1, 40)).decode("latin-1")
+        elif i % 8 == 1:
+            yield rng.randbytes(rng.randrange(1, 40)).decode("utf-8", errors="replace")
+        elif i % 8 == 2:
+            yield "".join(rng.choice(blanks + ["x", "1", "."]) for _ in range(rng.randrange(1, 20)))
+        else:
+            yield "".join(bit() for _ in range(rng.randrange(1, 25)))
+
+
+# --------------------------------------------------------------------------------------------------------- references
+
+
+def with_library(folder: Path):
+    """(our tokenizer, the library's text -> ids) of the same file"""
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["content"].strip(" ")]
+    reference = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    return load_tokenizer(folder), lambda text: reference.encode(text).ids
+
+
+def write(folder: Path, spec: dict, config: dict | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def real(name: str) -> Path:
+    if not (REAL / name / "tokenizer.json").is_file():
+        pytest.skip(f"needs the real tokenizer.json of {name} in {REAL / name}")
+    return REAL / name
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """All code points, 97 to a text; in NFC to begin with, because of the young marks."""
+    texts = ("".join(CODE_POINTS[i : i + 97]) for i in range(0, len(CODE_POINTS), 97))
+    return [unicodedata.normalize("NFC", text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return train_bpe([(ROOT / "data" / "tokenizer.py").read_text(encoding="utf-8"), *TEXTS], 512)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """A small file in Mixtral's layout: the beginnings of a lesson's words as pieces, some characters, all bytes."""
+    beginnings = dict.fromkeys(f"▁{word[:n]}" for word in LESSON.split() for n in range(1, len(word) + 1))
+    pieces = [*beginnings, "▁▁", "▁▁▁▁", "▁▁▁"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    names += ["▁", *sorted({*"".join(LESSON.split()), *"é中🫠"})]
+    vocab = {name: i for i, name in enumerate(names)}
+    cuts = ([piece[:n], piece[n:]] for piece in pieces for n in range(1, len(piece)))
+    merges = [cut for cut in cuts if cut[0] in vocab and cut[1] in vocab]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": content, **flags} for i, content in enumerate(names[:3])],
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": None,
+        "model": {"type": "BPE", "unk_token": "<unk>", "byte_fallback": True, "vocab": vocab, "merges": merges},
+    }
+
+
+@pytest.fixture(scope="module", params=["learned", "made", "olmoe", "mixtral", "mixtral by sentencepiece"])
+def pair(request, learned, made, tmp_path_factory):
+    """(our tokenizer, the reference's text -> ids)"""
+    if request.param == "mixtral by sentencepiece":
+        sentencepiece = pytest.importorskip("sentencepiece")
+        folder = real("mixtral")
+        reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        return load_tokenizer(folder), reference.encode
+    small = {"learned": learned, "made": made}.get(request.param)
+    return with_library(write(tmp_path_factory.mktemp("small"), small) if small else real(request.param))
+
+
+def text_kept(tokenizer, text: str) -> str:
+    """What decoding can give back: the NFC form of a text (byte-level), or the text with U+2581 as a space."""
+    return unicodedata.normalize("NFC", text) if hasattr(tokenizer, "nfc") else text.replace("▁", " ")
+
+
+def share(pair) -> int:
+    """The small tokenizers run the same lines of code as the real ones: every eighth text will do."""
+    return 1 if pair[0].vocab_size > 30_000 else 8
+
+
+def assert_same(pair, texts):
+    ours, reference = pair
+    for text in texts:
+        ids, expected = ours.encode(text), reference(text)
+        assert ids == expected, f"{text!r}: {ids} instead of {expected}"
+
+
+# ---------------------------------------------------------------------------------------------- the ids of a real text
+
+
+def test_ids_of_prose_code_scripts_and_emoji_are_the_references(pair):
+    assert_same(pair, TEXTS)
+
+
+def test_ids_of_every_run_of_0_to_300_spaces_are_the_references(pair):
+    assert_same(pair, runs_of_spaces())
+
+
+def test_ids_of_characters_of_every_script_by_themselves_are_the_references(pair):
+    assigned = [character for character in CODE_POINTS if unicodedata.category(character) not in ("Cn", "Co")]
+    ideographs = bisect_left(assigned, "\u3400")  # of these, nine tenths of all, an eighth will do
+    assert_same(pair, assigned[:ideographs] + assigned[ideographs::8])
+
+
+def test_ids_of_all_code_points_in_a_row_are_the_references_and_decode_to_them(pair, rows):
+    ours, reference = pair
+    for row in rows[:: share(pair)]:
+        ids = ours.encode(row)
+        assert ids == reference(row), f"{row!r}"
+        assert ours.decode(ids) == text_kept(ours, row)
+
+
+def test_ids_of_every_mark_after_every_kind_of_letter_are_the_references(pair):
+    marks = [c for c in CODE_POINTS if unicodedata.combining(c) and not young_mark(c)]
+    assert_same(pair, (f"{letter}{mark}\u0323\u0301 {mark}{letter}" for mark in marks for letter in "aeoAßд각Å"))
+
+
+def test_ids_of_thousands_of_random_texts_are_the_references(pair):
+    assert_same(pair, random_texts(seed=1, count=4000))
+
+
+def test_special_tokens_in_a_users_text_are_plain_text(pair):
+    assert_same(pair, SPECIAL_TEXTS)
+    assert not any(set(pair[0].encode(text)) & pair[0].special_ids for text in SPECIAL_TEXTS)
+
+
+def test_a_long_word_and_a_long_blank_take_no_special_path(pair):
+    assert_same(pair, ["a" * 20_000, "中" * 20_000, " " * 20_000, "\n" * 20_000 + "x", "ab" * 10_000 + " " * 999])
+
+
+# --------------------------------------------------------------------------------------------------------- and back
+
+
+def test_decoding_gives_the_text_back(pair):
+    ours, _ = pair
+    for text in [*TEXTS, *SPECIAL_TEXTS, *runs_of_spaces(), *random_texts(seed=2, count=2000)]:
+        assert ours.decode(ours.encode(text)) == text_kept(ours, text)
+
+
+def test_decoding_any_ids_of_a_byte_level_tokenizer_gives_the_librarys_text():
+    folder = real("olmoe")
+    ours, rng = load_tokenizer(folder), random.Random(3)
+    reference = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for _ in range(3000):  # half-finished characters, shadowed ids and special tokens included
+        ids = [rng.randrange(rng.choice((300, ours.vocab_size))) for _ in range(rng.randrange(12))] + [1, 50279, 245]
+        for skip in (True, False):
+            assert ours.decode(ids, skip_special=skip) == reference.decode(ids, skip_special_tokens=skip)
+
+
+def test_decoding_any_ids_of_mixtral_gives_sentencepieces_text():
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = real("mixtral")
+    ours, rng = load_tokenizer(folder), random.Random(4)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for _ in range(3000):
+        ids = [rng.randrange(259, ours.vocab_size) for _ in range(rng.randrange(12))]
+        assert ours.decode(ids) == reference.decode(ids)
+        assert ours.decode([1, *ids, 2]) == ours.decode(ids)
+    assert ours.decode([1, 22557, 2], skip_special=False) == "<s> Hello</s>"
+
+
+def test_half_a_character_decodes_to_a_replacement_character(pair):
+    ours, _ = pair
+    ids = ours.encode("\U000e0041")  # a tag character: four bytes in every one of the vocabularies
+    assert ours.decode(ids) == "\U000e0041" and ours.decode(ids[:-1]).strip() == "\ufffd"
+
+
+def test_an_id_outside_the_vocabulary_is_named(pair):
+    ours, _ = pair
+    for i in (-1, ours.vocab_size, 10**9):
+        with pytest.raises(ValueError, match=rf"{i} is not in the vocabulary, whose size is {ours.vocab_size}"):
+            ours.decode([5, i])
+
+
+def test_the_byte_alphabet_spells_every_byte_its_own_way():
+    everything = bytes(range(256))
+    assert unspell(spell(everything)) == everything and len(set(spell(everything))) == 256
+    assert sorted(spell(everything)) == sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+# ----------------------------------------------------------------------------------------- special ids, other layouts
+
+
+def test_special_ids_of_the_real_files_are_those_of_their_checkpoints():
+    olmoe, mixtral = load_tokenizer(real("olmoe")), load_tokenizer(real("mixtral"))
+    assert (olmoe.bos_id, olmoe.eos_id, olmoe.pad_id, olmoe.vocab_size) == (None, 50279, 1, 50280)
+    assert (mixtral.bos_id, mixtral.eos_id, mixtral.pad_id, mixtral.vocab_size) == (1, 2, 2, 32000)
+
+
+def test_ids_in_config_json_go_before_the_known_names(learned, tmp_path):
+    plain = load_tokenizer(write(tmp_path, learned))
+    assert (plain.bos_id, plain.eos_id, plain.pad_id) == (None, 0, 1)
+    given = load_tokenizer(write(tmp_path, learned, {"bos_token_id": 7, "eos_token_id": [8, 9], "pad_token_id": None}))
+    assert (given.bos_id, given.eos_id, given.pad_id) == (7, 8, 1)
+    with pytest.raises(ValueError, match="eos_token_id 512, but the vocabulary's size is 512"):
+        load_tokenizer(write(tmp_path, learned, {"eos_token_id": 512}))
+
+
+def test_ids_may_be_in_any_order_and_may_leave_gaps(learned, tmp_path):
+    shuffled = list(range(2, 600))
+    random.Random(5).shuffle(shuffled)
+    vocab = {piece: i if i < 2 else shuffled[i] for piece, i in learned["model"]["vocab"].items()}
+    spec = learned | {"model": learned["model"] | {"vocab": vocab}}
+    ours, reference = with_library(write(tmp_path, spec))
+    assert_same((ours, reference), [*TEXTS, *random_texts(seed=6, count=500)])
+    gap = next(i for i in range(ours.vocab_size) if i not in vocab.values())
+    with pytest.raises(ValueError, match=f"token id {gap} is not in the vocabulary"):
+        ours.decode([gap])
+
+
+def test_runs_of_spaces_are_taken_from_the_file(learned, tmp_path):
+    runs = [{**learned["added_tokens"][0], "id": 510 + n, "content": " " * n, "special": False} for n in range(2, 6)]
+    spec = learned | {"added_tokens": [*learned["added_tokens"], *runs]}
+    ours, reference = with_library(write(tmp_path, spec))
+    assert_same((ours, reference), [*TEXTS, *runs_of_spaces(), *random_texts(seed=7, count=500)])
+    assert ours.encode("x      y")[1] == 515
+    with pytest.raises(ValueError, match=r"runs of \[2, 3, 5\] spaces"):
+        load_tokenizer(write(tmp_path, spec | {"added_tokens": [run for run in runs if run["id"] != 514]}))
+
+
+def test_the_embedded_model_has_the_librarys_ids():
+    folder = ROOT / "data" / "tiny_olmoe"
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip(f"no tokenizer.json in {folder}")
+    assert_same(with_library(folder), [*TEXTS, *runs_of_spaces(), *random_texts(seed=8, count=500)])
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_missing_or_damaged_file_is_an_error_of_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing: .+") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+    for content in (b"", b'{"model": ', b"\xff\xfe", b"[1, 2]", b'"text"'):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"tokenizer\.json is damaged .+: fetch it again") as error:
+            load_tokenizer(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_other_kinds_of_tokenizer_are_refused_and_named(learned, tmp_path):
+    byte_level, model = learned["pre_tokenizer"], learned["model"]
+    split = {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated", "invert": False}
+    others = {
+        "Unigram": {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]]}},
+        "WordPiece": {"model": {"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"a": 0}}},
+        "dropout": {"model": model | {"dropout": 0.1}},
+        "##": {"model": model | {"continuing_subword_prefix": "##"}},
+        "Split": {"pre_tokenizer": split},
+        "Metaspace": {"pre_tokenizer": {"type": "Metaspace"}, "model": model | {"byte_fallback": True}},
+        "Sequence": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}},
+        '"add_prefix_space": true': {"pre_tokenizer": byte_level | {"add_prefix_space": True}},
+        '"use_regex": false': {"pre_tokenizer": byte_level | {"use_regex": False}},
+        "NFKC": {"normalizer": {"type": "NFKC"}},
+        "null": {"pre_tokenizer": None},
+        "{}": {"model": None},
+    }
+    for found, change in others.items():
+        with pytest.raises(ValueError, match="found .*; supported are byte-level .* and sentencepiece") as error:
+            load_tokenizer(write(tmp_path, learned | change))
+        assert found in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_vocabulary_with_holes_is_refused(learned, made, tmp_path):
+    model = learned["model"]
+    without = {piece: i for piece, i in model["vocab"].items() if piece != "e"}
+    with pytest.raises(ValueError, match=r"lacks bytes that text may hold: \[101\]"):
+        load_tokenizer(write(tmp_path, learned | {"model": model | {"vocab": without}}))
+    with pytest.raises(ValueError, match="a merge makes 'qzq', which the vocabulary lacks"):
+        load_tokenizer(write(tmp_path, learned | {"model": model | {"merges": [*model["merges"], "qz q"]}}))
+    model = made["model"]
+    without = {piece: i for piece, i in model["vocab"].items() if piece != "<0x7F>"}
+    with pytest.raises(ValueError, match="byte_fallback, but the vocabulary lacks <0x7F>"):
+        load_tokenizer(write(tmp_path, made | {"model": model | {"vocab": without}}))
+
+
+def test_spaces_inside_a_piece_or_merged_early_are_refused(made, tmp_path):
+    model = made["model"]
+    for merges in ([*model["merges"], ["a▁", "b"]], [["▁▁", "▁"], *model["merges"], ["▁t", "he"]]):
+        vocab = model["vocab"] | {"".join(merge): i for i, merge in enumerate(merges, 1000)}
+        with pytest.raises(ValueError, match="supported are spaces in front, and runs of spaces as the last merges"):
+            load_tokenizer(write(tmp_path, made | {"model": model | {"vocab": vocab, "merges": merges}}))
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def merges_of(texts, rounds):
+    return train_bpe(texts, 258 + rounds)["model"]["merges"]
+
+
+def test_the_order_of_the_texts_does_not_matter():
+    assert merges_of(TEXTS, 200) == merges_of(reversed(TEXTS), 200)
+
+
+def test_a_lesson_small_enough_to_do_by_hand():
+    # Words: "ab", " ab" twice, " abc". a+b occurs 4 times, then " "+ab 3 times, then nothing twice.
+    assert merges_of(["ab ab ab abc"], 10) == ["a b", "Ġ ab"]
+
+
+def test_of_equally_frequent_pairs_the_one_with_the_lowest_ids_is_joined():
+    assert merges_of(["xy,ab,xy,ab"], 10) == ["a b", "x y"]
+
+
+def test_training_picks_what_a_full_count_of_all_pairs_picks_in_every_round():
+    words = [f" {word}".encode() for word in LESSON.split() if word.isalpha()]
+    split, expected = [[bytes([b]) for b in word] for word in words], []
+    order = {bytes([b]): b for b in range(256)}
+    for _ in range(60):
+        counts = Counter(p for word in split for p in pairwise(word))
+        best = max(counts, key=lambda p: (counts[p], -order[p[0]], -order[p[1]]))
+        if counts[best] < 2:
+            break
+        expected.append(f"{spell(best[0])} {spell(best[1])}")
+        order[b"".join(best)] = len(order)
+        for word in split:
+            for i in range(len(word) - 1):
+                if tuple(word[i : i + 2]) == best:
+                    word[i : i + 2] = [b"".join(best)]
+    assert len(expected) > 15 and merges_of([b"".join(words).decode()], 60) == expected
+
+
+def test_numbers_are_one_token_a_digit(learned, tmp_path):
+    assert not any(c.isdigit() for merge in merges_of(["12 12 12 a1 a1 x12 1212 3.5 3.5"] * 9, 50) for c in merge)
+    ours = load_tokenizer(write(tmp_path, learned))
+    assert [ours.decode([i]) for i in ours.encode("2048+16")] == list("2048+16")
+
+
+def test_training_fills_the_vocabulary_and_numbers_special_tokens_first(learned):
+    vocab = learned["model"]["vocab"]
+    assert list(vocab.values()) == list(range(512)) and list(vocab)[:2] == ["<|endoftext|>", "<|padding|>"]
+    with pytest.raises(ValueError, match="vocab_size 100 has no room for 2 special tokens and 256 bytes"):
+        train_bpe(["text"], 100)
+
+
+def test_transformers_loads_the_learned_file_unchanged(learned, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = write(tmp_path, learned, {"model_type": "olmoe", "vocab_size": 512, "eos_token_id": 0, "pad_token_id": 1})
+    reference, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert reference(text)["input_ids"] == ids
+        assert reference.decode(ids, clean_up_tokenization_spaces=False) == ours.decode(ids)
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def run(*args):
+    command = [sys.executable, ROOT / "data" / "tokenizer.py", *args]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env={"PYTHONUTF8": "1"})
+
+
+def test_the_command_prints_ids_pieces_and_the_text(learned, tmp_path):
+    ours = load_tokenizer(write(tmp_path, learned))
+    shown = run(tmp_path, "a café, 42").stdout
+    assert str(ours.encode("a café, 42")) in shown and "a café, 42" in shown and "eos 0" in shown
+
+
+def test_the_command_fails_without_a_traceback(tmp_path):
+    result = run(tmp_path / "nowhere", "text")
+    assert result.returncode == 1 and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
