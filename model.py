@@ -28,7 +28,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn as nn
@@ -38,6 +38,16 @@ from data.checkpoint import load_checkpoint, read_json, tensor_names, write_safe
 from moe import MoE, Routing
 
 SUPPORTED = {"olmoe": "OlmoeForCausalLM", "mixtral": "MixtralForCausalLM"}
+
+
+# Type of a config key -> what its value must be, in words and as a test (`type(v) is`: Python counts true as an int).
+RULES = {
+    int: ("a positive integer", lambda v: type(v) is int and v > 0),
+    float: ("a number >= 0", lambda v: type(v) in (int, float) and v >= 0),
+    bool: ("true or false", lambda v: type(v) is bool),
+    str: ("a text", lambda v: isinstance(v, str)),
+}
+TOKEN_IDS = ("a token id or a list of them", lambda v: all(type(i) is int for i in (v if isinstance(v, list) else [v])))
 
 
 @dataclass
@@ -92,11 +102,13 @@ class Config:
             if not condition:
                 raise ValueError(f"{path}: {message}")
 
-        raw = dict(raw)
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "extra"}
+        raw = {k: v for k, v in raw.items() if k not in ("dtype", "torch_dtype") and not (v is None and k in fields)}
         kind = raw.get("model_type")
-        need(kind in SUPPORTED, f"model_type {kind!r} is not supported; supported: {', '.join(SUPPORTED)}")
+        need(kind in list(SUPPORTED), f"model_type {kind!r} is not supported; supported: {', '.join(SUPPORTED)}")
         rope = raw.pop("rope_parameters", None) or {}
         scaling = raw.pop("rope_scaling", None) or {}
+        need(isinstance(rope, dict) and isinstance(scaling, dict), "rope_parameters or rope_scaling is no object")
         rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
         need(rope_type == "default", f"rope type {rope_type!r} is not supported; only 'default' is")
         raw.setdefault("rope_theta", rope.get("rope_theta", 1e6 if kind == "mixtral" else 1e4))
@@ -108,16 +120,17 @@ class Config:
         need(not raw.get("attention_bias"), "attention_bias is not supported")
         need(raw.get("sliding_window") is None, "sliding_window attention is not supported; only null is")
 
-        names = {f.name: f for f in dataclasses.fields(cls) if f.name != "extra"}
-        for name, f in names.items():
-            if f.type is int and (name in raw or f.default is dataclasses.MISSING):
-                value = raw.get(name)
-                need(isinstance(value, int) and value > 0, f"{name} is {value!r}; it must be a positive integer")
-        known = {k: v for k, v in raw.items() if k in names}
-        config = cls(**known, extra={k: v for k, v in raw.items() if k not in names})
+        for name, f in fields.items():
+            if name in raw or f.default is dataclasses.MISSING:
+                wanted, fits = TOKEN_IDS if name.endswith("_token_id") else RULES[(*get_args(f.type), f.type)[0]]
+                need(fits(raw.get(name)), f"{name} is {raw.get(name)!r}; it must be {wanted}")
+        known = {k: v for k, v in raw.items() if k in fields}
+        config = cls(**known, extra={k: v for k, v in raw.items() if k not in fields})
+        need(config.rope_theta > 0, f"rope_theta {config.rope_theta} is not positive")
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         need(heads % kv_heads == 0, f"{heads} attention heads do not share {kv_heads} key/value heads evenly")
-        need(config.head_dim % 2 == 0, f"head_dim {config.head_dim} is odd; rotary positions turn pairs of channels")
+        need(config.head_dim > 0 and config.head_dim % 2 == 0,
+             f"head_dim {config.head_dim} is odd or 0; rotary positions turn pairs of channels")  # fmt: skip
         k, e = config.num_experts_per_tok, config.num_experts
         need(k <= e, f"num_experts_per_tok {k} is more than num_experts {e}")
         return config
@@ -251,7 +264,8 @@ class MoETransformer(nn.Module):
     def init_weights(self):
         """Random weights, as a model starts its pre-training (from_pretrained builds on "meta", where this is free)."""
         for name, p in self.named_parameters():
-            nn.init.ones_(p) if "norm" in name else nn.init.normal_(p, std=self.config.initializer_range)
+            if not p.is_meta:  # there is nothing to fill, and torch would import 800 modules to do it
+                nn.init.ones_(p) if "norm" in name else nn.init.normal_(p, std=self.config.initializer_range)
 
     def forward(self, input_ids, attention_mask=None, labels=None, cache: KVCache | None = None, last_only=False):
         """input_ids (B, T) int64 -> Output.
@@ -330,10 +344,13 @@ class MoETransformer(nn.Module):
         prompts = prompts.tolist() if torch.is_tensor(prompts) else [list(p) for p in prompts]
         if not prompts or not all(prompts):
             raise ValueError("generate needs at least one prompt, and at least one token in each")
+        if num_beams < 1 or temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"num_beams {num_beams} must be at least 1, temperature {temperature} at least 0, "
+                             f"top_p {top_p} above 0 and at most 1")
+        if max_new_tokens < 1:
+            return [[] for _ in prompts]
         if num_beams > 1 and temperature > 0:
-            raise ValueError(
-                f"num_beams {num_beams} with temperature {temperature}: beam search does not draw; use one"
-            )
+            raise ValueError(f"num_beams {num_beams}, temperature {temperature}: beam search does not draw; choose one")
         if num_beams > 1:
             return beam_search(self, prompts, max_new_tokens, num_beams)
         return sample(self, prompts, max_new_tokens, temperature, top_p, seed)

@@ -146,7 +146,7 @@ class GroupedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         rows, weight, ends = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad = grad.contiguous().view(-1).view(grad.shape)  # the second: strides (out, 1) even where there is one row
         grad_rows = F.grouped_mm(grad, weight, offs=ends) if ctx.needs_input_grad[0] else None
         grad_weight = F.grouped_mm(grad.t(), rows, offs=ends) if ctx.needs_input_grad[1] else None  # (E, out, in)
         return grad_rows, grad_weight, None

@@ -176,7 +176,12 @@ class PerftConfig:
         for name in ("rank", "num_adapters", "top_k"):
             value = getattr(self, name)
             need(isinstance(value, int) and value >= 1, f"{name} is {value!r}; it must be a whole number from 1")
-        need(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and less than 1")
+        for name, end in (("dropout", 1), ("alpha", math.inf)):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and 0 <= value < end
+            need(number, f"{name} is {value!r}; it must be a number from 0, below {end}")
+        routers = self.variant == "lora_qv" and self.train_router
+        need(not routers, "lora_qv is saved in PEFT's layout, which has no place for routers; drop train_router")
         if self.variant == "perft_r":
             K, M, k = self.top_k, self.num_adapters, base.num_experts_per_tok
             need(K <= M, f"top_k {K} of num_adapters {M}: a token cannot choose more adapters than there are")
@@ -227,7 +232,7 @@ def apply_perft(model: MoETransformer, variant: str, **options) -> MoETransforme
         if variant == "full" or (variant == "frozen_experts" and ".experts." not in name):
             p.requires_grad_(True)
     model.adapter_config = config
-    return model
+    return model.train(model.training)  # the new parts too: dropout must not be on in a model that is in eval mode
 
 
 def attach(moe: MoE, config: PerftConfig, base: Config, experts: list[int] | None) -> PerftMoE:
@@ -248,8 +253,8 @@ def warnings_for(config: PerftConfig, base: Config) -> list[str]:
         return []
     if config.adapter_weights == "base":
         return ["adapter_weights 'base': the adapter router chooses, but has no gradient from the task"]
-    if config.top_k == 1 and base.norm_topk_prob:
-        return ["top_k 1, renormalised: the weight is always 1, so the adapter router has no gradient from the task"]
+    if config.top_k == 1 and (base.norm_topk_prob or config.num_adapters == 1):
+        return ["top_k 1 and a weight that is always 1: the adapter router has no gradient from the task"]
     return []
 
 
@@ -272,41 +277,33 @@ def what_trains(model: MoETransformer) -> list[Trained]:
     for name, p in model.named_parameters():
         if p.requires_grad:
             groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(p)
-    rows = []
-    for name, ps in groups.items():
-        total, met = sum(p.numel() for p in ps), share_met(model, name)
-        rows.append(Trained(name, len(ps), tuple(ps[0].shape), total, round(total * met)))
-    return rows
+    sizes = {name: sum(p.numel() for p in ps) for name, ps in groups.items()}
+    return [
+        Trained(name, len(ps), tuple(ps[0].shape), sizes[name], round(sizes[name] * share_met(model, name)))
+        for name, ps in groups.items()
+    ]
 
 
 def share_met(model: MoETransformer, name: str) -> float:
     """The share of a stacked parameter that one token meets: K of E experts, K of M adapters."""
     base, adapter = model.config, getattr(model, "adapter_config", None)
-    if ".experts." in name:
-        return base.num_experts_per_tok / base.num_experts
-    if name.endswith((".adapters.A", ".adapters.B")) and adapter.variant == "perft_r":
+    k, E, stacked = base.num_experts_per_tok, base.num_experts, name.endswith((".adapters.A", ".adapters.B"))
+    if stacked and adapter.variant == "perft_r":
         return adapter.top_k / adapter.num_adapters
-    if name.endswith((".adapters.A", ".adapters.B")) and adapter.variant == "perft_e" and adapter.experts is None:
-        return base.num_experts_per_tok / base.num_experts
-    return 1.0
+    if stacked and adapter.variant == "perft_e" and adapter.experts is not None:
+        return sum(min(len(ids), k) for ids in adapter.experts) / sum(len(ids) for ids in adapter.experts)
+    return k / E if ".experts." in name or (stacked and adapter.variant == "perft_e") else 1.0
 
 
 def report(model: MoETransformer) -> str:
     """The table of what trains; ValueError if nothing does."""
     rows = what_trains(model)
     need(rows, "nothing trains: no parameter has requires_grad")
-    adapted = [name for name, _ in model.named_parameters() if re.search(ADDED, name)]
-    base = [p for name, p in model.named_parameters() if name not in adapted]
-    total, active = sum(p.numel() for p in base), active_parameters(model)
+    sums = {key: sum(getattr(row, key) for row in rows) for key in ("count", "parameters", "activated")}
+    rows.append(Trained("all that trains", shape=(), **sums))
+    total = sum(p.numel() for name, p in model.named_parameters() if not re.search(ADDED, name))
+    active = active_parameters(model)
     lines = [f"{'module':40} {'count':>5} {'shape':>16} {'parameters':>13} {'% total':>8} {'% active':>8}"]
-    rows.append(
-        Trained(
-            "all that trains",
-            sum(r.count for r in rows),
-            (),
-            *(sum(c) for c in zip(*(r[3:] for r in rows), strict=True)),
-        )
-    )
     for module, count, shape, parameters, activated in rows:
         lines.append(f"{module:40} {count:5} {'x'.join(map(str, shape)):>16} {parameters:13,} "
                      f"{100 * parameters / total:8.3f} {100 * activated / active:8.3f}")  # fmt: skip
@@ -320,8 +317,14 @@ def fingerprint(base: Config) -> dict:
     """What an adapter must find again: the base's architecture and sizes, and a hash over all keys the model reads."""
     keys = {**asdict(base), "extra": None}
     sizes = ("model_type", "num_hidden_layers", "hidden_size", "num_experts", "num_experts_per_tok", "vocab_size")
-    digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+    numbers = {k: float(v) if type(v) is int else v for k, v in keys.items()}  # 10000 and 10000.0 are one theta
+    digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
     return {name: keys[name] for name in sizes} | {"config_sha256": digest}
+
+
+def config_of(model: MoETransformer) -> PerftConfig:
+    need(hasattr(model, "adapter_config"), "the model carries no adapters; attach some with apply_perft")
+    return model.adapter_config
 
 
 def save_adapter(model: MoETransformer, folder: str | Path):
@@ -329,7 +332,7 @@ def save_adapter(model: MoETransformer, folder: str | Path):
 
     lora_qv is written in PEFT's own layout and loads there. The others carry a peft_type of their own: PEFT refuses it.
     """
-    config: PerftConfig = model.adapter_config
+    config = config_of(model)
     content = {"peft_type": "PERFT", **asdict(config), "base": fingerprint(model.config)}
     if config.variant == "lora_qv":
         content |= {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.rank, "lora_alpha": config.alpha,
@@ -372,7 +375,7 @@ def merge(model: MoETransformer) -> MoETransformer:
 
     ValueError for every other variant: an adapter beside a non-linear expert is not a change of its weights.
     """
-    config: PerftConfig = model.adapter_config
+    config = config_of(model)
     need(config.variant == "lora_qv", f"{config.variant} cannot be merged: it stands beside a non-linear expert")
     for block in model.layers:
         for name in ("q_proj", "v_proj"):

@@ -48,7 +48,7 @@ APPLIES = {
     "perft_d": DATA | LORA | UNIT | {"num_adapters"},
     "perft_r": DATA | LORA | UNIT | ROUTED,
     "perft_e": DATA | LORA | UNIT,
-    "lora_qv": DATA | LORA,
+    "lora_qv": DATA | LORA - {"train_router"},
     "router": DATA,
     "frozen_experts": DATA,
     "full": DATA,

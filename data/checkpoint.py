@@ -39,7 +39,7 @@ def read_json(path: str | Path) -> dict:
         raise FileNotFoundError(f"{path}: no such file; is this the right folder, and is it complete?")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); copy or download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
@@ -67,16 +67,20 @@ class SafetensorsFile(Mapping):
         raise ValueError(f"{self.path}: {message}")
 
     def parse(self, header: bytes) -> dict:
+        twice = []
+
         def no_duplicates(pairs):
             names = [name for name, _ in pairs]
             if len(set(names)) < len(names):
-                self.fail(f"{max(names, key=names.count)!r} stands in the header twice; the file is corrupt")
+                twice.append(max(names, key=names.count))
             return dict(pairs)
 
         try:
             entries = json.loads(header.decode("utf-8"), object_pairs_hook=no_duplicates)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # also a number of more digits than Python takes
             self.fail("the header is not JSON; this is no safetensors file, or it is corrupt")
+        if twice:
+            self.fail(f"{twice[0]!r} stands in the header twice; the file is corrupt")
         if not isinstance(entries, dict):
             self.fail("the header is not a JSON object; the file is corrupt")
         entries.pop("__metadata__", None)
@@ -92,13 +96,14 @@ class SafetensorsFile(Mapping):
             if not isinstance(dtype, str) or dtype not in DTYPES:
                 self.fail(f"tensor {name!r} has dtype {dtype!r}; this reader knows {', '.join(DTYPES)}")
             if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
-                self.fail(f"tensor {name!r} has shape {shape!r}, offsets {offsets!r}; whole numbers >= 0 were expected")
+                self.fail(f"tensor {name!r} has shape {shape!r}, offsets {offsets!r}; expected whole numbers >= 0")
             begin, end = offsets
             if not begin <= end <= size:
                 self.fail(f"tensor {name!r} lies at bytes {begin} to {end} of {size}; the file is cut off or corrupt")
-            if end - begin != prod(shape) * DTYPES[dtype].itemsize:
-                self.fail(f"tensor {name!r} takes {end - begin} bytes, {dtype} {shape} needs "
-                          f"{prod(shape) * DTYPES[dtype].itemsize}; the file is corrupt")  # fmt: skip
+            needed = prod(shape) * DTYPES[dtype].itemsize
+            if end - begin != needed:
+                needed = needed if needed < 2**63 else "more than any file has"
+                self.fail(f"tensor {name!r} takes {end - begin} bytes, {dtype} {shape} needs {needed}; it is corrupt")
             spans.append((begin, end, name))
         spans.sort()
         for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
@@ -126,7 +131,7 @@ class SafetensorsFile(Mapping):
 
 
 def is_sizes(value) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 # Checkpoints: one file, or shards with an index ----------------------------------------------------------------------
@@ -196,6 +201,7 @@ def copy_all(source, files, names, places):
 
 
 def some(names: list[str], most: int = 3) -> str:
+    names = [name if name.isprintable() else repr(name) for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -234,8 +240,11 @@ def write_text(path: str | Path, text: str):
 
 def write_atomically(path: str | Path, write):
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # gone by now unless something failed
