@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import esft
 from data import skills
 from data.checkpoint import read_json
 from data.tokenizer import load_tokenizer
@@ -24,6 +25,7 @@ from perft import load_adapter
 
 TINY = str(Path(__file__).resolve().parent / "data" / "tiny_olmoe")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRAINED_FILES = ("adapter_config.json", "adapter_model.safetensors", esft.CONFIG, esft.WEIGHTS, *esft.PICTURES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -70,6 +72,12 @@ def accuracies(model, tokenizer, names: list[str], rows: int, task: str | None =
     drawn = {name: skills.sample(name, "test", rows if name == task else max(rows // 5, 1)) for name in names}
     right = iter(is_right(model, tokenizer, [row for rows in drawn.values() for row in rows]))
     return {name: sum(next(right) for _ in rows) / len(rows) for name, rows in drawn.items()}
+
+
+def load_trained(model: MoETransformer, folder: str | Path) -> MoETransformer:
+    """Attach what a run of train.py saved in its folder: adapters, or chosen experts."""
+    load = esft.load if (Path(folder) / esft.CONFIG).exists() else load_adapter
+    return load(model, folder)
 
 
 def load_base(folder: str, dtype="float32", device="cpu", random_weights=False):
@@ -124,7 +132,7 @@ def evaluate(args):
     base, dtype = args.base or run.get("base", TINY), args.dtype or run.get("dtype", "float32")
     model, tokenizer = load_base(base, dtype, args.device)
     if args.adapter:
-        load_adapter(model, args.adapter)
+        load_trained(model, args.adapter)
     if args.prompt is not None:
         ids = model.generate([tokenizer.encode(args.prompt)], args.max_new_tokens, temperature=args.temperature,
                              top_p=args.top_p, num_beams=args.num_beams, seed=args.seed)[0]  # fmt: skip

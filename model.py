@@ -35,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoint import load_checkpoint, read_json, tensor_names, write_safetensors, write_text
-from moe import MoE, Routing
+from moe import Experts, MoE, Routing
 
 SUPPORTED = {"olmoe": "OlmoeForCausalLM", "mixtral": "MixtralForCausalLM"}
 
@@ -328,8 +328,9 @@ class MoETransformer(nn.Module):
 
         ValueError if something was attached to the model: its parts have no name in such a folder.
         """
-        if not all(type(block.moe) is MoE and type(block.self_attn.q_proj) is nn.Linear for block in self.layers):
-            raise ValueError("the model carries adapters, a model folder cannot hold them; use perft.save_adapter")
+        plain = {MoE: "moe", Experts: "moe.experts", nn.Linear: "self_attn.q_proj"}
+        if any(type(block.get_submodule(name)) is not kind for block in self.layers for kind, name in plain.items()):
+            raise ValueError("the model carries adapters or chosen experts: use perft.save_adapter or esft.export")
         config = self.config.to_dict() | {"torch_dtype": str(dtype or self.norm.weight.dtype).removeprefix("torch.")}
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_safetensors(Path(folder) / "model.safetensors", hub_tensors(self), dtype)

@@ -134,32 +134,44 @@ class Combine(torch.autograd.Function):
 class GroupedProduct(torch.autograd.Function):
     """rows (R, in), weight (E, out, in), ends (E,) -> (R, out): rows of group e times weight[e]^T.
 
-    Written by hand for what it does not do: it keeps the rows only if the weight trains (a frozen expert needs its
-    weight alone to pass the gradient on), and it never hands `grouped_mm` a gradient with stride 0, which it rejects.
+    Written by hand for what it does not do: it keeps the rows only if a weight trains (a frozen expert needs its weight
+    alone to pass the gradient on), and it never hands `grouped_mm` a gradient with stride 0, which it rejects.
+    masters (n, out, in), where only the first n matrices train: their float32 values, which the weight takes over right
+    before it is used; the weight gradient stops after the rows of group n - 1 (esft.py).
     """
 
     @staticmethod
-    def forward(ctx, rows, weight, ends):
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight, ends)
+    def forward(ctx, rows, weight, ends, masters=None):
+        if masters is not None:
+            weight.data[: len(masters)].copy_(masters)
+        trains = ctx.needs_input_grad[1] or masters is not None
+        ctx.save_for_backward(rows if trains else None, weight, ends, masters)
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
     @staticmethod
     def backward(ctx, grad):
-        rows, weight, ends = ctx.saved_tensors
-        grad = grad.contiguous().view(-1).view(grad.shape)  # the second: strides (out, 1) even where there is one row
-        grad_rows = F.grouped_mm(grad, weight, offs=ends) if ctx.needs_input_grad[0] else None
-        grad_weight = F.grouped_mm(grad.t(), rows, offs=ends) if ctx.needs_input_grad[1] else None  # (E, out, in)
-        return grad_rows, grad_weight, None
+        rows, weight, ends, masters = ctx.saved_tensors
+        grad = grad.contiguous().view(-1).view(grad.shape)  # the views: strides (out, 1) even where there is one row
+        grad_rows = grad_weight = grad_masters = None
+        if masters is not None:
+            weight.data[: len(masters)].copy_(masters)  # a sharded weight may have been gathered anew since forward
+            grad_masters = F.grouped_mm(grad.t(), rows, offs=ends[: len(masters)]).to(masters.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_rows = F.grouped_mm(grad, weight, offs=ends)
+        if ctx.needs_input_grad[1]:
+            grad_weight = F.grouped_mm(grad.t(), rows, offs=ends)  # (E, out, in)
+        return grad_rows, grad_weight, None, grad_masters
 
 
-def experts_grouped(x, routing, gate_up_proj, down_proj):
+def experts_grouped(x, routing, gate_up_proj, down_proj, masters=(None, None)):
     """Eq. 1 by sorting: x (N, D) -> y (N, D). The widths must suit `can_group`."""
     order = sort_by_expert(routing.selected_experts, gate_up_proj.shape[0])
     rows = Dispatch.apply(x, order.token, order.inverse)  # (R, D)
-    gate, up = GroupedProduct.apply(rows, gate_up_proj, order.ends).chunk(2, dim=-1)  # (R, F) each
+    gate, up = GroupedProduct.apply(rows, gate_up_proj, order.ends, masters[0]).chunk(2, dim=-1)  # (R, F) each
     weight = routing.routing_weights[order.token, order.slot]  # (R,)
     hidden = F.silu(gate) * up * weight[:, None]
-    return Combine.apply(GroupedProduct.apply(hidden, down_proj, order.ends), order.token, order.inverse)
+    rows = GroupedProduct.apply(hidden, down_proj, order.ends, masters[1])  # (R, D)
+    return Combine.apply(rows, order.token, order.inverse)
 
 
 def can_group(x: torch.Tensor, *widths: int) -> bool:

@@ -56,7 +56,6 @@ from moe import MoE, Router, Routing
 
 PERFT = ("perft_s", "perft_d", "perft_r", "perft_e")
 BASELINES = ("lora_qv", "router", "frozen_experts", "full")
-ADDED = r"\.adapters\.|_proj\.[AB]$"  # parameters that are not the base's
 
 
 class Adapters(nn.Module):
@@ -301,7 +300,8 @@ def report(model: MoETransformer) -> str:
     need(rows, "nothing trains: no parameter has requires_grad")
     sums = {key: sum(getattr(row, key) for row in rows) for key in ("count", "parameters", "activated")}
     rows.append(Trained("all that trains", shape=(), **sums))
-    total = sum(p.numel() for name, p in model.named_parameters() if not re.search(ADDED, name))
+    with torch.device("meta"):  # the base by itself, whatever was attached to this one
+        total = sum(p.numel() for p in MoETransformer(model.config).parameters())
     active = active_parameters(model)
     lines = [f"{'module':40} {'count':>5} {'shape':>16} {'parameters':>13} {'% total':>8} {'% active':>8}"]
     for module, count, shape, parameters, activated in rows:

@@ -31,23 +31,28 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import esft
 from data import skills
 from data.checkpoint import read_json, read_safetensors, write_safetensors, write_text
-from eval import DEVICE, DTYPES, TINY, Parser, accuracies, encode, load_base, pad_batch
+from eval import DEVICE, DTYPES, TINY, TRAINED_FILES, Parser, accuracies, encode, load_base, pad_batch
 from model import MoETransformer
 from moe import Routing, expert_load, load_balancing_loss
 from perft import BASELINES, PERFT, PerftConfig, apply_perft, report, save_adapter, warnings_for
 
-VARIANTS = (*PERFT, *BASELINES, "scratch")
+ESFT = ("esft_token", "esft_gate")
+VARIANTS = (*PERFT, *ESFT, *BASELINES, "scratch")
 
 # The flags that only some variants take; given to another one, they are an error and not ignored.
 DATA, LORA, UNIT = {"task", "train_rows"}, {"rank", "alpha", "dropout", "train_router"}, {"kind", "init"}
 ROUTED = {"num_adapters", "top_k", "adapter_weights", "adapter_balance"}
+CHOICE = {"experts", "p", "bind_groups", "score_rows", "train_router"}
 APPLIES = {
     "perft_s": DATA | LORA | UNIT,
     "perft_d": DATA | LORA | UNIT | {"num_adapters"},
     "perft_r": DATA | LORA | UNIT | ROUTED,
-    "perft_e": DATA | LORA | UNIT,
+    "perft_e": DATA | LORA | UNIT | {"experts"},
+    "esft_token": DATA | CHOICE,
+    "esft_gate": DATA | CHOICE | {"gate_share"},
     "lora_qv": DATA | LORA - {"train_router"},
     "router": DATA,
     "frozen_experts": DATA,
@@ -60,6 +65,8 @@ RECIPES = {
     "perft_d": {"lr": 5e-3},
     "perft_r": {"lr": 5e-3},
     "perft_e": {"lr": 5e-3},
+    "esft_token": {"lr": 2e-3},
+    "esft_gate": {"lr": 2e-3},
     "lora_qv": {"lr": 5e-3},
     "router": {"lr": 5e-3},
     "frozen_experts": {"lr": 1e-3},
@@ -97,6 +104,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--dropout", type=float, metavar="X", help=f"on the adapter's input ({own.dropout})")
     add("--train_router", action="store_true", default=None, help="also train the pretrained routers")
 
+    group = parser.add_argument_group("experts (esft_token, esft_gate; --experts also perft_e)")
+    add = group.add_argument
+    add("--p", type=float, metavar="X", help="score a layer's choice reaches (token 0.2, gate 0.1, gate share 0.25)")
+    add("--gate_share", action="store_true", default=None, help="esft_gate: scores as shares of their layer's sum")
+    add("--experts", metavar="FILE", help="this expert_cfg.json's choice; esft: or 'random', as many drawn by --seed")
+    add("--bind_groups", type=int, metavar="N", help="choose whole groups of N experts, a control for the grain (1)")
+    add("--score_rows", type=int, metavar="N", help="rows of the task that are read for the scores (500)")
+
     group = parser.add_argument_group("optimisation (AdamW, warm-up, then linear decay to 0)")
     add = group.add_argument
     add("--lr", type=float, metavar="X", help="peak learning rate (by variant: see RECIPES in this file)")
@@ -128,8 +143,11 @@ def parse_args(argv=None) -> argparse.Namespace:
             parser.error(f"--{flag} does not apply to --variant {args.variant}; it applies to {takes}")
     if args.variant != "scratch":
         args.task, args.train_rows = args.task or skills.DEFAULT_TARGET, args.train_rows or 4000
-    for flag in ("steps", "warmup", "batch_size", "train_rows", "log_every", "save_every", "eval_rows", "threads"):
-        if (getattr(args, flag) or 1) < 1:
+    if args.variant == "perft_e" and args.experts == "random":
+        parser.error("--experts random is a control for esft_token and esft_gate; perft_e takes a file")
+    counts = ("steps", "warmup", "batch_size", "train_rows", "log_every", "save_every", "eval_rows", "threads")
+    for flag in (*counts, "score_rows", "bind_groups"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if args.variant == "scratch" and args.dtype != "float32":
         parser.error(f"--dtype {args.dtype} with --variant scratch: all weights train, so they are float32")
@@ -281,23 +299,48 @@ def kept(accuracy: dict[str, float], task: str) -> float:
 
 
 def build(args):
-    """The model with what trains, ready to train, and the tokenizer."""
+    """The model with what trains, ready to train, the tokenizer, what to print of it, what to write of it."""
     model, tokenizer = load_base(args.base, args.dtype, args.device, random_weights=args.variant == "scratch")
     torch.manual_seed(args.seed)
     if args.variant == "scratch":
         model.init_weights()
         model.requires_grad_(True)
-    else:
-        options = {name: getattr(args, name, None) for name in PerftConfig.__dataclass_fields__ if name != "variant"}
-        apply_perft(model, args.variant, **{k: v for k, v in options.items() if v is not None})
-    return model, tokenizer
+        return model, tokenizer, [], lambda folder: None
+    if args.variant in ESFT:
+        return build_esft(args, model, tokenizer)
+    options = {name: getattr(args, name, None) for name in PerftConfig.__dataclass_fields__ if name != "variant"}
+    if args.experts:
+        options["experts"] = esft.read_choice(args.experts, model.config).experts
+    apply_perft(model, args.variant, **{k: v for k, v in options.items() if v is not None})
+    notes = [f"warning: {note}" for note in warnings_for(model.adapter_config, model.config)]
+    return model, tokenizer, notes, lambda folder: None
+
+
+def build_esft(args, model, tokenizer):
+    """Score the experts on rows of the task, choose (or take the choice given), let the chosen train."""
+    kind = "token" if args.variant == "esft_token" else "gate_share" if args.gate_share else "gate"
+    p = {"token": 0.2, "gate": 0.1, "gate_share": 0.25}[kind] if args.p is None else args.p
+    rows = skills.sample(args.task, "train", args.score_rows or 500, args.seed)
+    examples = [encode(row, tokenizer) for row in rows]
+    cuts = [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]
+    usage = esft.collect(model, (pad_batch(cut, tokenizer.pad_id, args.device) for cut in cuts))
+    scores = esft.expert_scores(*usage, model.config.num_experts_per_tok, kind)
+    chosen, notes = esft.select_experts(scores, p, args.bind_groups or 1), esft.warnings_for(scores, p)
+    if args.experts == "random":
+        chosen = esft.random_experts(chosen, model.config.num_experts, args.seed)
+    elif args.experts:
+        chosen, notes = esft.read_choice(args.experts, model.config).experts, []
+    esft.apply_esft(model, chosen, train_router=bool(args.train_router))
+    notes = [*(f"warning: {note}" for note in notes), esft.report(model, usage)]
+    how = {"task": args.task, "kind": kind, "p": p, "experts": args.experts or "by score"}
+    return model, tokenizer, notes, lambda folder: esft.save_scores(model, folder, usage, scores, **how)
 
 
 def train(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     out, scratch = Path(args.out), args.variant == "scratch"
-    model, tokenizer = build(args)
+    model, tokenizer, notes, write_scores = build(args)
     optimizer = make_optimizer(model, args)
     config = {**vars(args), "torch": torch.__version__, "base_config": model.config.to_dict()}
     if args.resume:
@@ -307,14 +350,13 @@ def train(args):
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out / "metrics.jsonl", first if args.resume else None)
     if not args.resume:
-        for old in ("state.safetensors", "adapter_model.safetensors", "adapter_config.json"):
+        for old in ("state.safetensors", *TRAINED_FILES):
             (out / old).unlink(missing_ok=True)  # of the run that --overwrite replaces
+        write_scores(out)
         write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
     print("configuration: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v not in (None, False)))
-    for note in [] if scratch else warnings_for(model.adapter_config, model.config):
-        print(f"warning: {note}")
-    print(report(model))
+    print("\n".join([*notes, report(model)]))
     names = [*([] if scratch else [args.task]), *skills.FAMILIES]
 
     def measure(when):
@@ -329,6 +371,9 @@ def train(args):
         saved = out / "model" / "model.safetensors"
         read_back = MoETransformer.from_pretrained(out / "model", device=args.device)
         model.load_state_dict(read_back.state_dict())  # what is reported is what is in the file
+    elif args.variant in ESFT:
+        esft.save(model, out)
+        saved = out / esft.WEIGHTS
     else:
         save_adapter(model, out)
         saved = out / "adapter_model.safetensors"
@@ -344,7 +389,7 @@ def run_steps(args, model, tokenizer, optimizer, first: int, log: Log):
     c_adapter = model.config.router_aux_loss_coef if args.adapter_balance is None else args.adapter_balance
     trained = [p for p in model.parameters() if p.requires_grad]
     inert = InertCheck(model)
-    warned = args.variant != "scratch" and warnings_for(model.adapter_config, model.config)
+    warned = args.variant == "perft_r" and warnings_for(model.adapter_config, model.config)
     model.train()
     data = batches(args, tokenizer, first)
     tokens, since = 0, time.perf_counter()

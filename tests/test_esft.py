@@ -1,0 +1,681 @@
+"""ESFT: the scores and choices are the released ones; the chosen experts train, and nothing else moves by a bit."""
+
+import copy
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+import esft
+from data.checkpoint import SafetensorsFile, read_json, write_safetensors
+from esft import apply_esft, collect, expert_scores, export, load, report, save, select_experts
+from model import Config, MoETransformer, hub_tensors
+
+ROOT = Path(__file__).parent.parent
+RELEASED = Path(__file__).parents[2] / "shared" / "esft"
+SIZES = {
+    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 0,
+}  # fmt: skip
+OLMOE = SIZES | {"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 2}
+BASES = {
+    "olmoe": OLMOE,
+    "olmoe_tied": OLMOE | {"tie_word_embeddings": True},
+    "mixtral": SIZES | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "no_grouped_mm": OLMOE | {"intermediate_size": 7},  # rows of 28 or 14 bytes: only the loop can run them
+}
+every_base = pytest.mark.parametrize("base", BASES)
+every_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+CHOSEN = [[3, 0], [2, 1, 3]]  # not sorted, and not as many in each layer
+IDS = torch.tensor([[5, 9, 2, 60, 33, 7, 7, 1], [4, 4, 8, 15, 16, 23, 42, 0]])
+
+
+def make_model(base="olmoe", seed=0, dtype=torch.float32):
+    """A tiny model with random weights, norms included."""
+    torch.manual_seed(seed)
+    model = MoETransformer(Config.from_dict(BASES[base]))
+    for name, p in model.named_parameters():
+        p.data.normal_(1 if "norm" in name else 0, 0.3)
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def train(model, steps, lr=1e-2, weight_decay=0.1):
+    """AdamW on the next token of IDS -> the model; only what has a gradient can step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    return model
+
+
+def gap(a, b):
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+
+
+# Scores and selection ------------------------------------------------------------------------------------------------
+
+
+def released(task):
+    path = RELEASED / f"{task}.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent: the authors' routing counts and expert lists are not part of this repository")
+    log = read_json(path)
+    lists = [log["released_token_p020"][str(i)] for i in range(1, 27)]  # decoder layer 0 is dense
+    gates = torch.tensor(log["gate_sums_times_1e4"], dtype=torch.float64) / 1e4
+    return log, gates, lists
+
+
+@pytest.mark.parametrize(("task", "total"), [("intent", 124), ("law", 153)])
+def test_the_released_lists_come_out_exactly(task, total):
+    """All 26 layers, ids and their order, from the released counts; the paper's p 0.2."""
+    log, gates, lists = released(task)
+    chosen = select_experts(expert_scores(log["counts"], gates, log["n_tokens"], log["top_k"], "token"), 0.2)
+    assert chosen == lists and sum(map(len, chosen)) == total
+
+
+def test_rounding_decides_layer_17_of_the_intent_task():
+    """Experts 2 and 45 have 1522 and 1526 choices, both 0.0309: the released list takes 2, the lower id."""
+    log, gates, lists = released("intent")
+    counts = log["counts"][16]
+    assert (counts[2], counts[45]) == (1522, 1526)
+    assert 2 in lists[16] and 45 not in lists[16]
+    assert select_experts(expert_scores(log["counts"], gates, log["n_tokens"], log["top_k"]), 0.2)[16] == lists[16]
+
+
+@pytest.mark.parametrize("task", ["intent", "law"])
+def test_neither_unrounded_scores_nor_the_wrong_axis_give_the_released_lists(task):
+    """Unrounded, one layer of each task comes out otherwise; normalised over layers, as a script once did, all do."""
+    log, gates, lists = released(task)
+    scores = expert_scores(log["counts"], gates, log["n_tokens"], log["top_k"])
+    unrounded = [esft.smallest_prefix(layer, 0.2) for layer in scores.tolist()]
+    assert sum(a != b for a, b in zip(unrounded, lists)) == 1
+    counts = torch.tensor(log["counts"], dtype=torch.float64)
+    wrong_axis = select_experts(counts / counts.sum(0, keepdim=True), 0.2)
+    assert not any(a == b for a, b in zip(wrong_axis, lists))
+
+
+def test_the_scores_of_the_released_logs_have_the_scales_they_should():
+    """token and gate_share sum to 1 over a layer; gate to the mean mass of a top 6, 0.26 to 0.53 on that model."""
+    log, gates, _ = released("intent")
+    score = {k: expert_scores(log["counts"], gates, log["n_tokens"], 6, k) for k in ("token", "gate", "gate_share")}
+    assert torch.allclose(score["token"].sum(-1), torch.ones(26, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(score["gate_share"].sum(-1), torch.ones(26, dtype=torch.float64), atol=1e-12)
+    assert 0.2 < score["gate"].sum(-1).min() and score["gate"].sum(-1).max() < 0.6
+
+
+def test_scores_and_choice_of_an_example_made_by_hand():
+    """One layer, 10 tokens, K = 2, 20 choices: scores 0.1 0.3 0.3 0.25 0.05."""
+    counts, gates = torch.tensor([[2, 6, 6, 5, 1]]), torch.tensor([[0.5, 1.0, 1.5, 1.5, 0.5]], dtype=torch.float64)
+    token = expert_scores(counts, gates, 10, 2, "token")
+    assert token.tolist() == [[0.1, 0.3, 0.3, 0.25, 0.05]] and token.dtype == torch.float64
+    assert expert_scores(counts, gates, 10, 2, "gate").tolist() == [[0.05, 0.1, 0.15, 0.15, 0.05]]
+    assert expert_scores(counts, gates, 10, 2, "gate_share").tolist() == [[0.1, 0.2, 0.3, 0.3, 0.1]]
+    expected = {0.01: [1], 0.3: [1], 0.31: [1, 2], 0.6: [1, 2], 0.61: [1, 2, 3], 0.95: [1, 2, 3, 0], 1: [1, 2, 3, 0, 4]}
+    for p, ids in expected.items():
+        assert select_experts(token, p) == [ids], p
+
+
+def test_the_prefix_is_the_smallest_one_that_reaches_p_in_exact_decimals():
+    """Against exact fractions, for layers of many shapes; eight times 0.1 is 0.8 although floats sum to less."""
+    from fractions import Fraction
+
+    assert len(select_experts(torch.full((1, 10), 0.1), 0.8)[0]) == 8
+    assert select_experts(torch.tensor([[0.30004, 0.30001, 0.4]]), 0.6) == [[2, 0]]  # both 0.3: the lower id
+    torch.manual_seed(0)
+    for p in (0.07, 0.1, 0.2, 0.25, 0.5, 0.57, 0.9):
+        scores = (torch.rand(30, 16, dtype=torch.float64) ** 3).softmax(-1)
+        for layer, ids in zip(scores.tolist(), select_experts(scores, p)):
+            exact = [Fraction(str(round(score, 4))) for score in layer]
+            assert ids == sorted(range(16), key=lambda e: (-exact[e], e))[: len(ids)]
+            assert sum(exact[e] for e in ids) >= Fraction(str(p)) > sum(exact[e] for e in ids[:-1])
+
+
+def test_where_p_exceeds_a_layers_mass_all_experts_are_chosen_and_a_warning_says_so():
+    scores = torch.tensor([[0.05, 0.02, 0.01], [0.3, 0.2, 0.1]])
+    assert select_experts(scores, 0.1) == [[0, 1, 2], [0]]
+    (warning,) = esft.warnings_for(scores, 0.1)
+    assert "layer 0 (0.08)" in warning and "p 0.1" in warning and "layer 1" not in warning
+    assert esft.warnings_for(scores, 0.08) == []
+
+
+@pytest.mark.parametrize("p", [0, -0.1, 1.01, math.nan])
+def test_a_p_that_is_no_share_is_an_error(p):
+    with pytest.raises(ValueError, match=r"p is .*; it must be more than 0 and at most 1"):
+        select_experts(torch.full((2, 4), 0.25), p)
+
+
+def test_a_kind_that_does_not_exist_and_an_empty_sample_are_errors():
+    with pytest.raises(ValueError, match="kind is 'tokens'; choose from token, gate, gate_share"):
+        expert_scores([[1]], [[1.0]], 1, 1, "tokens")
+    with pytest.raises(ValueError, match="no token was counted"):
+        expert_scores([[0]], [[0.0]], 0, 1)
+    with pytest.raises(ValueError, match="answers_only needs batches of"):
+        collect(make_model(), [(IDS, torch.ones_like(IDS))], answers_only=True)
+
+
+def test_bound_groups_compete_by_their_sums_and_are_chosen_whole():
+    """Groups of 2 with sums 0.3, 0.5, 0.2: expert 0 is the best alone, but its group is not."""
+    scores = torch.tensor([[0.29, 0.01, 0.25, 0.25, 0.0, 0.2]])
+    assert torch.allclose(esft.bind_groups(scores, 2), torch.tensor([[0.3, 0.5, 0.2]], dtype=torch.float64))
+    assert select_experts(scores, 0.2, bind=2) == [[2, 3]]
+    assert select_experts(scores, 0.6, bind=2) == [[2, 3, 0, 1]]
+    assert select_experts(scores, 0.6, bind=1) == select_experts(scores, 0.6) == [[0, 2, 3]]
+    with pytest.raises(ValueError, match="6 experts cannot be bound into groups of 4"):
+        select_experts(scores, 0.2, bind=4)
+
+
+def test_the_random_control_takes_as_many_experts_and_the_same_ones_for_a_seed():
+    drawn = [esft.random_experts(CHOSEN, 64, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for layers in drawn:
+        assert [len(set(ids)) for ids in layers] == [2, 3] and all(0 <= e < 64 for ids in layers for e in ids)
+
+
+# Collecting ----------------------------------------------------------------------------------------------------------
+
+ROWS = [list(range(5, 5 + n)) for n in (9, 4, 12, 1, 7)]
+
+
+def padded(rows, side="right", pad=0):
+    """(input_ids, labels, mask) of the rows in one batch; the last two tokens of a row are its answer."""
+    T = max(map(len, rows)) + 2
+    ids, labels, mask = torch.full((len(rows), T), pad), torch.full((len(rows), T), -100), torch.zeros(len(rows), T)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(T - len(row), T)
+        ids[i, place], mask[i, place] = torch.tensor(row), 1
+        labels[i, place] = torch.tensor([-100] * (len(row) - 2) + row[-2:])[-len(row) :]
+    return ids, labels, mask.bool()
+
+
+@torch.no_grad()
+def plain_count(model, rows, keep=lambda row: range(len(row))):
+    """Token by token, row by row, from the definition: no batch, no padding."""
+    L, E = model.config.num_hidden_layers, model.config.num_experts
+    counts, gates, tokens = torch.zeros(L, E, dtype=torch.int64), torch.zeros(L, E, dtype=torch.float64), 0
+    for row in rows:
+        tokens += len(keep(row))
+        for i, routing in enumerate(model(torch.tensor([row])).routings):
+            for t in keep(row):
+                s = routing.router_logits[t].double().softmax(-1)
+                for e in s.topk(model.config.num_experts_per_tok).indices.tolist():
+                    counts[i, e] += 1
+                    gates[i, e] += s[e]
+    return counts, gates, tokens
+
+
+def assert_same_usage(a, b):
+    assert torch.equal(a[0], b[0]) and a[2] == b[2]
+    assert a[0].dtype == torch.int64 and a[1].dtype == torch.float64
+    assert torch.allclose(a[1], b[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["olmoe", "mixtral"])
+def test_collect_equals_a_count_token_by_token(base):
+    """Gate sums are of the raw softmax, also in Mixtral, which renormalises; padding on either side counts nothing."""
+    model = make_model(base)
+    plain = plain_count(model, ROWS)
+    assert plain[2] == 33 and int(plain[0].sum()) == 33 * 2 * 2
+    for side in ("right", "left"):
+        for pad in (0, 60):
+            assert_same_usage(collect(model, [padded(ROWS, side, pad)]), plain)
+
+
+def test_batches_and_shards_do_not_change_what_is_collected():
+    model = make_model()
+    together = collect(model, [padded(ROWS)])
+    assert_same_usage(collect(model, [padded([row]) for row in ROWS]), together)
+    assert_same_usage(collect(model, [(ids, mask) for ids, _, mask in (padded(ROWS[:2]), padded(ROWS[2:]))]), together)
+    shards = [collect(model, [padded(ROWS[i::2])]) for i in range(2)]
+    added = esft.Usage(*(a + b for a, b in zip(*shards)))
+    assert_same_usage(added, together)
+    chosen = [select_experts(expert_scores(*usage, 2, "gate"), 0.1) for usage in (added, together)]
+    assert chosen[0] == chosen[1]
+
+
+def test_the_first_token_or_all_but_the_answer_can_be_left_out():
+    model = make_model()
+    for side in ("right", "left"):
+        batch = [padded(ROWS, side)]
+        assert_same_usage(collect(model, batch, skip_first=True), plain_count(model, ROWS, lambda r: range(1, len(r))))
+        answers = plain_count(model, ROWS, lambda r: range(max(len(r) - 2, 0), len(r)))
+        assert_same_usage(collect(model, batch, answers_only=True), answers)
+
+
+def test_collect_leaves_the_model_and_the_mask_as_they_were():
+    model, (ids, labels, mask) = make_model().train(), padded(ROWS)
+    before, seen = mask.clone(), []
+    model.register_forward_hook(lambda module, *_: seen.append((module.training, torch.is_grad_enabled())))
+    collect(model, [(ids, labels, mask)], skip_first=True)
+    assert seen == [(False, False)] and model.training and torch.equal(mask, before)
+    collect(model.eval(), [(ids, labels, mask)])
+    assert not model.training
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+@every_base
+@every_dtype
+def test_before_training_the_model_is_the_base_bit_for_bit(base, dtype):
+    """Forward over a batch, and the greedy continuation with its cache; also after deepcopy."""
+    model = make_model(base, dtype=dtype)
+    before, said = logits(model), model.generate(IDS, 6)
+    apply_esft(model, CHOSEN)
+    assert torch.equal(logits(model), before) and model.generate(IDS, 6) == said
+    assert torch.equal(logits(copy.deepcopy(model)), before)
+
+
+@every_base
+@pytest.mark.parametrize("path", ["grouped", "loop"])
+def test_gradients_of_the_chosen_are_those_of_full_fine_tuning(base, path):
+    """The same loss on the plain model with everything trainable; the input's gradient shows in the embeddings."""
+    full, model = make_model(base).requires_grad_(True), apply_esft(make_model(base), CHOSEN)
+    for block in model.layers:
+        block.moe.experts.path = path
+    model.embed_tokens.weight.requires_grad_(True)
+    for m in (full, model):
+        m(IDS, labels=IDS).loss.backward()
+    for ours, theirs, ids in zip(model.layers, full.layers, CHOSEN):
+        for name in ("gate_up_proj", "down_proj"):
+            mine, whole = getattr(ours.moe.experts, name), getattr(theirs.moe.experts, name)
+            assert mine.dtype == mine.grad.dtype == torch.float32 and len(mine) == len(ids)
+            assert gap(mine.grad, whole.grad[ids]) < 1e-5
+    assert gap(model.embed_tokens.weight.grad, full.embed_tokens.weight.grad) < 1e-5
+
+
+def test_the_gradient_of_the_input_passes_through_frozen_experts():
+    """Tokens that chose frozen experts only: x and the routing weights have the gradients of the plain layer."""
+    plain = make_model().layers[0].moe.experts
+    ours = esft.ChosenExperts(plain, [3, 0])
+    torch.manual_seed(1)
+    x, weights = torch.randn(5, 16, requires_grad=True), torch.rand(5, 2, requires_grad=True)
+    routing = esft.Routing(None, weights, torch.tensor([[1, 2], [4, 5], [2, 1], [5, 2], [1, 4]]))
+    grads = [torch.autograd.grad(run(x, routing).square().sum(), (x, weights)) for run in (plain, ours)]
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("path", ["grouped", "loop"])
+def test_an_expert_without_tokens_has_a_gradient_of_zero(path):
+    """Not None and not NaN: expert 3 is never asked, expert 0 is; and so with no tokens at all."""
+    layer = esft.ChosenExperts(make_model().layers[0].moe.experts, [3, 0])
+    layer.path = path
+    routing = esft.Routing(None, torch.ones(4, 2), torch.tensor([[0, 1], [2, 0], [0, 5], [4, 1]]))
+    layer(torch.randn(4, 16), routing).sum().backward()
+    for p in (layer.gate_up_proj, layer.down_proj):
+        assert not p.grad[0].any() and p.grad[1].any() and p.grad.isfinite().all()
+    layer.zero_grad()
+    layer(torch.zeros(0, 16), routing._replace(routing_weights=torch.ones(0, 2),
+          selected_experts=torch.zeros(0, 2, dtype=torch.int64))).sum().backward()  # fmt: skip
+    assert not layer.down_proj.grad.any()
+
+
+@every_base
+@every_dtype
+def test_after_50_steps_with_weight_decay_all_that_is_frozen_is_bit_identical(base, dtype):
+    """Tensor by tensor under the checkpoint's names. Every tensor of a chosen expert moved."""
+    model = make_model(base, dtype=dtype)
+    before = {name: t.clone() for name, t in hub_tensors(model).items()}
+    train(apply_esft(model, CHOSEN), 50)
+    after = esft.current_tensors(model)
+    assert {n: t.shape for n, t in after.items()} == {n: t.shape for n, t in before.items()}
+    kind = "block_sparse_moe" if base == "mixtral" else "mlp"
+    may_move = tuple(f"model.layers.{i}.{kind}.experts.{e}." for i, ids in enumerate(CHOSEN) for e in ids)
+    moved = {name for name in before if not torch.equal(after[name].to(dtype), before[name])}
+    assert moved == {name for name in before if name.startswith(may_move)} and len(moved) == 5 * 3
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert sorted(trained) == sorted(f"layers.{i}.moe.experts.{w}_proj" for i in (0, 1) for w in ("gate_up", "down"))
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_one_step_equals_full_fine_tunings_step_on_the_chosen_rows():
+    """AdamW works element by element: its step on the masters is its step on the same rows of the whole stack."""
+    full, model = make_model().requires_grad_(True), apply_esft(make_model(), CHOSEN)
+    train(full, 1)
+    train(model, 1)
+    for ours, theirs, ids in zip(model.layers, full.layers, CHOSEN):
+        gap_of_step = ours.moe.experts.down_proj - theirs.moe.experts.down_proj[ids]
+        assert gap_of_step.abs().max() < 1e-5  # of a step of 1e-2
+
+
+def test_in_a_bfloat16_base_float32_masters_move_where_bfloat16_weights_would_not():
+    """The paper's learning rate of 1e-5: in place nine of ten bfloat16 weights never move, the masters all do."""
+    naive = make_model(dtype=torch.bfloat16).requires_grad_(True)
+    before, start = naive.layers[0].moe.experts.down_proj.detach()[[3, 0]].clone(), logits(naive)
+    model = apply_esft(make_model(dtype=torch.bfloat16), CHOSEN)
+    for m in (naive, model):
+        train(m, 20, lr=1e-5, weight_decay=0.0)
+    masters = model.layers[0].moe.experts.down_proj
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert (masters != before.float()).float().mean() > 0.99
+    assert (naive.layers[0].moe.experts.down_proj[[3, 0]] != before).float().mean() < 0.1
+    train(model, 150, lr=1e-5, weight_decay=0.0)
+    assert (masters.bfloat16() != before).float().mean() > 0.5  # enough small steps become a large one
+    assert not torch.equal(logits(model), start)
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+def test_the_forward_pass_uses_the_weights_of_the_last_step(options):
+    """However they were written: by any AdamW, by hand through .data, or by load_state_dict."""
+    model = apply_esft(make_model(), CHOSEN)
+    seen = [logits(model)]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    seen.append(logits(model))
+    model.layers[0].moe.experts.down_proj.data.mul_(2)
+    seen.append(logits(model))
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    other = apply_esft(make_model(), CHOSEN)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), seen[2])
+
+
+def test_two_forward_passes_before_one_backward_and_checkpointing_give_the_same_gradients():
+    """The bank is written in every forward; what an earlier pass saved must not suffer."""
+    from torch.utils.checkpoint import checkpoint
+
+    grads = []
+    for way in ("one by one", "together", "checkpointed"):
+        model = apply_esft(make_model(), CHOSEN)
+        if way == "checkpointed":
+            for block in model.layers:
+                run = block.moe.forward
+                block.moe.forward = lambda x, run=run: checkpoint(run, x, use_reentrant=False)
+        losses = [model(ids, labels=ids).loss for ids in (IDS[:1], IDS[1:])] if way != "one by one" else []
+        if losses:
+            sum(losses).backward()
+        else:
+            for ids in (IDS[:1], IDS[1:]):
+                model(ids, labels=ids).loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for other in grads[1:]:
+        assert all(gap(a, b) < 1e-5 for a, b in zip(grads[0], other))
+
+
+def test_a_bank_that_was_written_anew_between_forward_and_backward_gives_the_same_gradients():
+    """FSDP frees gathered weights after forward and gathers them again, without what forward had put into the bank."""
+    grads = []
+    for spoil in (False, True):
+        model = apply_esft(make_model(), CHOSEN)
+        loss = model(IDS, labels=IDS).loss
+        for block, ids in zip(model.layers if spoil else [], CHOSEN):
+            for bank in (block.moe.experts.gate_up_bank, block.moe.experts.down_bank):
+                bank.data[: len(ids)].zero_()
+        loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_a_deepcopy_and_a_converted_model_train_on():
+    """.bfloat16() converts the bank and keeps the masters in float32; a deepcopy trains its own."""
+    model = train(apply_esft(make_model(), CHOSEN), 3)
+    twin, before = copy.deepcopy(model), logits(model)
+    assert torch.equal(logits(twin), before)
+    assert torch.equal(logits(train(twin, 1)), logits(train(copy.deepcopy(model), 1)))
+    assert torch.equal(logits(model), before) and not torch.equal(logits(twin), before)
+    masters = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    model.bfloat16()
+    kept = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 and torch.equal(p, m) for p, m in zip(kept, masters))
+    assert model.layers[0].moe.experts.down_bank.dtype == torch.bfloat16
+    cut = train(model, 1)
+    assert logits(cut).dtype == torch.bfloat16 and not torch.equal(kept[0], masters[0])
+
+
+def test_the_options_train_the_router_or_all_that_is_no_expert():
+    """train_router: masters in float32 also for a bfloat16 base. train_non_experts needs a float32 base."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = apply_esft(make_model(dtype=dtype), CHOSEN, train_router=True)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train(model, 2)
+        moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n]) and "bank" not in n}
+        assert moved == {name for name in before if ".router." in name or name.endswith(("up_proj", "down_proj"))}
+        assert model.layers[0].moe.router.weight.dtype == torch.float32
+    model = apply_esft(make_model(), CHOSEN, train_non_experts=True)
+    assert all(p.requires_grad != ("_bank" in name) for name, p in model.named_parameters())
+    with pytest.raises(ValueError, match="torch.bfloat16 loses small steps; load it in float32"):
+        apply_esft(make_model(dtype=torch.bfloat16), CHOSEN, train_non_experts=True)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ([[0, 1]], "names experts for 1 layers, the model has 2"),
+        ([[0, 6], [1]], r"layer 0 chooses \[0, 6\]; choose from the model's experts, 0..5"),
+        ([[0], [-1]], "layer 1 chooses"),
+        ([[0], [1.0]], "layer 1 chooses"),
+        ([[0], []], "layer 1 chooses"),
+        ([[0], [2, 4, 2]], r"layer 1 chooses an expert twice: \[2, 4, 2\]"),
+    ],
+)
+def test_a_choice_that_the_model_does_not_have_is_an_error_and_leaves_it_alone(chosen, message, tmp_path):
+    """From the caller and from a file alike: one line."""
+    model = make_model()
+    before = logits(model)
+    with pytest.raises(ValueError, match=message) as error:
+        apply_esft(model, chosen)
+    assert "\n" not in str(error.value) and torch.equal(logits(model), before)
+    assert all(p.requires_grad for p in model.parameters()) and apply_esft(model, CHOSEN)
+    content = {"experts": {str(i): ids for i, ids in enumerate(chosen)}, "shared_experts": False}
+    (tmp_path / "expert_cfg.json").write_text(json.dumps(content | {"non_expert_modules": False}))
+    with pytest.raises(ValueError) as error:
+        esft.read_choice(tmp_path / "expert_cfg.json", model.config)
+    assert "\n" not in str(error.value) and "expert_cfg.json" in str(error.value)
+
+
+def test_a_model_that_carries_something_already_is_refused():
+    model = apply_esft(make_model(), CHOSEN)
+    for again in (lambda: apply_esft(model, CHOSEN), lambda: load(model, ".")):
+        with pytest.raises(ValueError, match="already carries adapters; load the base again"):
+            again()
+    for early in (report, lambda m: save(m, "."), lambda m: export(m, ".")):
+        with pytest.raises(ValueError, match="call apply_esft or load first"):
+            early(make_model())
+
+
+def test_the_report_counts_experts_parameters_and_memory():
+    """5 experts of 3 * 16 * 8 numbers; shares and gate mass from the usage; masters do not count as base parameters."""
+    model = make_model()
+    usage, total = collect(model, [padded(ROWS)]), sum(p.numel() for p in model.parameters())
+    text = report(apply_esft(model, CHOSEN), usage)
+    assert f"trains 1,920 of {total:,} parameters ({100 * 1920 / total:.2f} %), 5 of 12 experts" in text
+    assert "0.0 MB of gradients" in text and "3 0" in text and "2 1 3" in text
+    share = usage.counts[0, [3, 0]].sum() / usage.counts[0].sum()
+    mass = usage.gate_sums[0] / 33
+    assert f"{100 * share:.1f} %" in text and f"{mass[[3, 0]].sum():.4f} ({mass.sum():.4f})" in text
+    assert "%  " not in report(model)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+@every_base
+@every_dtype
+@pytest.mark.parametrize("options", [{}, {"train_router": True}], ids=["experts", "router_too"])
+def test_saved_and_loaded_again_the_logits_are_bit_identical(base, dtype, options, tmp_path):
+    model = train(apply_esft(make_model(base, dtype=dtype), CHOSEN, **options), 5)
+    save(model, tmp_path)
+    again = load(make_model(base, dtype=dtype), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert not torch.equal(logits(again), logits(make_model(base, dtype=dtype)))
+    assert again.adapter_config == model.adapter_config and not again.training
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_everything_that_is_no_expert_is_saved_too_when_it_trains(tmp_path):
+    model = train(apply_esft(make_model("olmoe_tied"), CHOSEN, train_non_experts=True), 3)
+    save(model, tmp_path)
+    assert read_json(tmp_path / "expert_cfg.json")["non_expert_modules"] is True
+    assert torch.equal(logits(load(make_model("olmoe_tied"), tmp_path)), logits(model))
+
+
+def test_the_configuration_has_the_released_layout(tmp_path):
+    """And a file of that layout without our own keys is a choice that can be read, but not loaded."""
+    save(apply_esft(make_model(), CHOSEN), tmp_path)
+    content = read_json(tmp_path / "expert_cfg.json")
+    own = {name: content.pop(name) for name in ("router", "base")}
+    assert content == {"experts": {"0": [3, 0], "1": [2, 1, 3]}, "shared_experts": False, "non_expert_modules": False}
+    assert own["router"] is False and own["base"]["num_experts"] == 6
+    (tmp_path / "expert_cfg.json").write_text(json.dumps(content))
+    assert esft.read_choice(tmp_path / "expert_cfg.json", make_model().config).experts == CHOSEN
+    with pytest.raises(ValueError, match="does not say for which base"):
+        load(make_model(), tmp_path)
+
+
+@every_base
+@every_dtype
+def test_the_delta_lies_over_the_bases_tensors_and_makes_the_exported_checkpoint(base, dtype, tmp_path):
+    """Read by the safetensors library: base tensors | delta tensors == exported tensors, in the base's dtype, named as
+    the hub names experts."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    make_model(base).save_pretrained(tmp_path / "base", dtype)
+    model = train(apply_esft(MoETransformer.from_pretrained(tmp_path / "base", dtype), CHOSEN), 5)
+    save(model, tmp_path / "delta")
+    export(model, tmp_path / "whole")
+    delta = safetensors.load_file(tmp_path / "delta" / "expert_weights.safetensors")
+    moe, gate = ("block_sparse_moe", "w1") if base == "mixtral" else ("mlp", "gate_proj")
+    assert len(delta) == 5 * 3 and f"model.layers.1.{moe}.experts.2.{gate}.weight" in delta
+    merged = safetensors.load_file(tmp_path / "base" / "model.safetensors") | delta
+    whole = safetensors.load_file(tmp_path / "whole" / "model.safetensors")
+    assert merged.keys() == whole.keys()
+    assert all(merged[name].dtype == whole[name].dtype == dtype for name in whole)
+    assert all(torch.equal(merged[name], whole[name]) for name in whole)
+    plain = MoETransformer.from_pretrained(tmp_path / "whole", dtype)
+    assert torch.equal(logits(plain), logits(model))
+
+
+@pytest.mark.parametrize("base", ["olmoe", "olmoe_tied", "mixtral"])
+@every_dtype
+def test_an_exported_folder_is_the_same_model_in_transformers(base, dtype, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = train(apply_esft(make_model(base, dtype=dtype), CHOSEN), 5)
+    (tmp_path / "base").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors", "README.md"):
+        (tmp_path / "base" / name).write_text("{}")
+    export(model, tmp_path / "whole", tmp_path / "base")
+    files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in (tmp_path / "whole").iterdir()} == files
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.dtype == dtype
+    plain = MoETransformer.from_pretrained(tmp_path / "whole")
+    assert gap(logits(plain), theirs.eval().float()(IDS).logits.detach()) < 1e-5
+    assert torch.equal(logits(plain.to(dtype)), logits(model))
+
+
+def test_export_writes_into_a_new_or_empty_folder_only(tmp_path):
+    model = apply_esft(make_model(), CHOSEN)
+    (tmp_path / "empty").mkdir()
+    export(model, tmp_path / "empty")
+    with pytest.raises(ValueError, match="already exists and is not an empty folder"):
+        export(model, tmp_path / "empty")
+    with pytest.raises(OSError, match="nowhere"):
+        export(model, tmp_path / "other", tmp_path / "nowhere")
+    assert not (tmp_path / "other").exists()
+
+
+def edited(tmp_path, change):
+    """A saved folder whose expert_cfg.json was changed by hand."""
+    save(apply_esft(make_model(), CHOSEN), tmp_path)
+    content = read_json(tmp_path / "expert_cfg.json")
+    change(content)
+    (tmp_path / "expert_cfg.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["experts"].update({"0": [3, 9]}), r"expert_cfg.json: layer 0 chooses \[3, 9\].* 0..5"),
+        (lambda c: c["experts"].update({"2": [1]}), r"expert_cfg.json: layers 0, 1, 2; the model has 0..1"),
+        (lambda c: c["experts"].pop("1"), r"expert_cfg.json: layers 0; the model has 0..1"),
+        (lambda c: c.update(experts=[[1], [2]]), 'no "experts" with a list of ids for each layer'),
+        (lambda c: c.update(shared_experts=True), "shared_experts is true, olmoe models have none"),
+        (lambda c: c["experts"].update({"0": [3]}), r"experts.0.down_proj.weight does not train .* \[16, 8\] in"),
+        (lambda c: c["experts"].update({"0": [3, 0, 5]}), r"experts.5.down_proj.weight \[16, 8\] .* is missing in th"),
+        (lambda c: c.update(router=True), r"mlp.gate.weight \[6, 16\] in the first, is missing in the second"),
+        (lambda c: c["base"].update(num_experts=64), "theirs against this: num_experts 64 against 6"),
+        (lambda c: c.pop("base"), "does not say for which base"),
+    ],
+)
+def test_a_folder_that_contradicts_itself_or_the_model_is_refused_with_both_sides_named(change, message, tmp_path):
+    edited(tmp_path, change)
+    model = make_model()
+    with pytest.raises(ValueError, match=message) as error:
+        load(model, tmp_path)
+    assert "\n" not in str(error.value) and "expert_cfg.json" in str(error.value)
+    apply_esft(model, CHOSEN)  # nothing had been attached
+
+
+def test_weights_of_another_shape_or_another_base_are_refused(tmp_path):
+    save(apply_esft(make_model(), CHOSEN), tmp_path)
+    with pytest.raises(ValueError, match="model_type 'olmoe' against 'mixtral'"):
+        load(make_model("mixtral"), tmp_path)
+    tensors = {name: t.clone() for name, t in SafetensorsFile(tmp_path / "expert_weights.safetensors").items()}
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    tensors[name] = tensors[name][:, :4]
+    write_safetensors(tmp_path / "expert_weights.safetensors", tensors)
+    with pytest.raises(ValueError, match=rf"{name} \[8, 16\] in the first, \[8, 4\] in the second"):
+        load(make_model(), tmp_path)
+
+
+# The picture and the lesson ------------------------------------------------------------------------------------------
+
+
+def test_the_heat_map_is_an_svg_with_a_cell_an_expert_and_the_chosen_outlined(tmp_path):
+    model = make_model()
+    usage = collect(model, [padded(ROWS)])
+    scores = expert_scores(*usage, 2)
+    esft.save_scores(apply_esft(model, CHOSEN), tmp_path, usage, scores, kind="token", task="<a & b>", p=0.2)
+    picture = ElementTree.parse(tmp_path / "scores.svg").getroot()
+    rects = [r.attrib for r in picture.iter("{http://www.w3.org/2000/svg}rect")]
+    by_class = {kind: [r for r in rects if r["class"] == kind] for kind in ("cell", "chosen")}
+    assert len(by_class["cell"]) == 2 * 6 and len(by_class["chosen"]) == 5
+    at = {(r["x"], r["y"]): i for i, r in enumerate(by_class["cell"])}
+    assert [divmod(at[r["x"], r["y"]], 6) for r in by_class["chosen"]] == [(0, 3), (0, 0), (1, 2), (1, 1), (1, 3)]
+    opacity = torch.tensor([float(r["fill-opacity"]) for r in by_class["cell"]], dtype=torch.float64).view(2, 6)
+    assert torch.allclose(opacity, scores / scores.max(), atol=1e-3)
+    words = [t.text for t in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"layer", "expert", "kind token, task <a & b>, p 0.2", f"{scores.max():.4f}"} <= set(words)
+    assert "prefers-color-scheme: dark" in (tmp_path / "scores.svg").read_text()
+    width, height = float(picture.get("width")), float(picture.get("height"))
+    assert all(float(r["x"]) + 14 <= width and float(r["y"]) + 14 <= height for r in rects)
+    content = read_json(tmp_path / "scores.json")
+    assert content["chosen"] == CHOSEN and content["n_tokens"] == 33 and content["kind"] == "token"
+    assert content["scores"] == scores.tolist() and content["counts"] == usage.counts.tolist()
+
+
+def test_the_lesson_prints_or_says_in_one_line_what_is_missing(capsys):
+    if (ROOT / "data" / "tiny_olmoe" / "model.safetensors").is_file():
+        esft.main()
+        printed = capsys.readouterr().out
+        assert "Overlap: experts chosen for both" in printed and "ESFT for kinship" in printed
+    else:
+        with pytest.raises(SystemExit, match=r"^error: .*tiny_olmoe.*") as stop:
+            esft.main()
+        assert "\n" not in str(stop.value)
+
+
+def test_the_lesson_runs_on_random_weights_of_the_embedded_model(monkeypatch, capsys):
+    """Nothing to learn from, but every family has its line, and an overlap of 100 with itself."""
+    import eval
+    from data import skills
+
+    real = eval.load_base
+    monkeypatch.setattr(eval, "load_base", lambda folder: real(folder, random_weights=True))
+    monkeypatch.setattr(skills, "FAMILIES", {name: skills.FAMILIES[name] for name in ("sort", "kinship")})
+    esft.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith(("  sort", "  kinship"))] == ["sort", "kinship"] * 2
+    table = [line.split()[1:] for line in lines if line.startswith(("  sort", "  kinship"))][2:]
+    assert table[0][0] == table[1][1] == "100" and table[0][1] == table[1][0]
+    assert any("trains" in line and "of 2,803,840 parameters" in line for line in lines)
