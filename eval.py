@@ -68,10 +68,10 @@ def is_right(model: MoETransformer, tokenizer, rows: list[skills.Row], batch_siz
 
 
 def accuracies(model, tokenizer, names: list[str], rows: int, task: str | None = None) -> dict[str, float]:
-    """Share of right answers on the first `rows` test rows of `task`, and on a fifth as many of each other skill."""
-    drawn = {name: skills.sample(name, "test", rows if name == task else max(rows // 5, 1)) for name in names}
-    right = iter(is_right(model, tokenizer, [row for rows in drawn.values() for row in rows]))
-    return {name: sum(next(right) for _ in rows) / len(rows) for name, rows in drawn.items()}
+    """Share of right answers on the first `rows` test rows of each skill; with a task, a fifth as many of the others."""
+    drawn = {name: skills.sample(name, "test", rows if task in (None, name) else max(rows // 5, 1)) for name in names}
+    right = iter(is_right(model, tokenizer, [row for some in drawn.values() for row in some]))
+    return {name: sum(next(right) for _ in some) / len(some) for name, some in drawn.items()}
 
 
 def load_trained(model: MoETransformer, folder: str | Path) -> MoETransformer:
@@ -93,6 +93,31 @@ def load_base(folder: str, dtype="float32", device="cpu", random_weights=False):
     return model, tokenizer
 
 
+def number(kind, lowest, above=False):
+    """For argparse's type=: an int or float that is at least (or above) `lowest`, and finite."""
+
+    def parse(text):
+        value = kind(text)
+        if not (value > lowest if above else value >= lowest) or value == float("inf"):
+            bound = f"more than {lowest}" if above else f"at least {lowest}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bound}")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse says "invalid whole number value: ..."
+    return parse
+
+
+count, positive, from_zero = number(int, 1), number(float, 0, above=True), number(float, 0)
+
+
+def device(name: str) -> str:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"{name} is not available here; try cpu") from None
+    return name
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with help that reads like a page, and with mistakes in one line."""
 
@@ -109,22 +134,19 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--adapter", metavar="DIR", help="run folder of train.py; its base and task are taken from there")
     add("--base", metavar="DIR", help="model folder (default: the adapter's, or data/tiny_olmoe)")
     add("--tasks", nargs="+", choices=[*skills.TARGETS, *skills.FAMILIES], metavar="NAME", help="skills to measure")
-    add("--eval_rows", type=int, metavar="N", help="test rows of the task; others get a fifth (the run's, or 500)")
+    add("--eval_rows", type=count, metavar="N", help="test rows of each of --tasks, or as in the run (500)")
     add("--dtype", choices=DTYPES, help="of the base (default: the run's, or float32)")
-    add("--device", metavar="NAME", default=DEVICE, help="cpu, cuda, cuda:1 ... (%(default)s)")
+    add("--device", type=device, metavar="NAME", default=DEVICE, help="cpu, cuda, cuda:1 ... (%(default)s)")
 
     group = parser.add_argument_group("answer one prompt instead")
     add = group.add_argument
     add("--prompt", metavar="TEXT", help="the text to continue")
-    add("--max_new_tokens", type=int, metavar="N", default=32, help="at most so many (%(default)s)")
-    add("--num_beams", type=int, metavar="N", default=1, help="beams of a beam search (1: none)")
-    add("--temperature", type=float, metavar="X", default=0.0, help="0: the likeliest token each time")
-    add("--top_p", type=float, metavar="X", default=1.0, help="draw from the likeliest tokens of this mass (1: all)")
+    add("--max_new_tokens", type=count, metavar="N", default=32, help="at most so many (%(default)s)")
+    add("--num_beams", type=count, metavar="N", default=1, help="beams of a beam search (1: none)")
+    add("--temperature", type=from_zero, metavar="X", default=0.0, help="0: the likeliest token each time")
+    add("--top_p", type=positive, metavar="X", default=1.0, help="draw from the likeliest tokens of this mass (1: all)")
     add("--seed", type=int, metavar="N", default=0, help="of the draws (%(default)s)")
-    args = parser.parse_args(argv)
-    if args.eval_rows is not None and args.eval_rows < 1:
-        parser.error(f"--eval_rows {args.eval_rows}: must be at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def evaluate(args):
@@ -138,9 +160,11 @@ def evaluate(args):
                              top_p=args.top_p, num_beams=args.num_beams, seed=args.seed)[0]  # fmt: skip
         print(args.prompt + tokenizer.decode(ids))
         return
-    task = run.get("task")
-    names = args.tasks or [*([task] if task else []), *skills.FAMILIES]
-    accuracy = accuracies(model, tokenizer, names, args.eval_rows or run.get("eval_rows", 500), task)
+    task, rows = run.get("task"), args.eval_rows or run.get("eval_rows", 500)
+    if args.tasks:
+        accuracy = accuracies(model, tokenizer, args.tasks, rows)
+    else:  # as the run reported it
+        accuracy = accuracies(model, tokenizer, [*([task] if task else []), *skills.FAMILIES], rows, task)
     print("\n".join(f"{name:14} {100 * value:6.1f} %" for name, value in accuracy.items()))
 
 

@@ -163,11 +163,7 @@ class PerftConfig:
     experts: list[list[int]] | None = None  # perft_e: adapters for these experts of each layer only
 
     def __post_init__(self):
-        if self.alpha is None:
-            self.alpha = 2 * self.rank
-
-    def check(self, base: Config):
-        """ValueError, in one line, for options that cannot be."""
+        """ValueError, in one line, for options that no model could have."""
         choices = {"variant": PERFT + BASELINES, "kind": ("lora", "parallel"), "init": ("paper", "lora"),
                    "adapter_weights": ("own", "base")}  # fmt: skip
         for name, allowed in choices.items():
@@ -175,17 +171,22 @@ class PerftConfig:
         for name in ("rank", "num_adapters", "top_k"):
             value = getattr(self, name)
             need(isinstance(value, int) and value >= 1, f"{name} is {value!r}; it must be a whole number from 1")
+        self.alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         for name, end in (("dropout", 1), ("alpha", math.inf)):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and 0 <= value < end
-            need(number, f"{name} is {value!r}; it must be a number from 0, below {end}")
+            need(number, f"{name} is {value!r}; it must be a number from 0, less than {end}")
         routers = self.variant == "lora_qv" and self.train_router
         need(not routers, "lora_qv is saved in PEFT's layout, which has no place for routers; drop train_router")
-        if self.variant == "perft_r":
-            K, M, k = self.top_k, self.num_adapters, base.num_experts_per_tok
-            need(K <= M, f"top_k {K} of num_adapters {M}: a token cannot choose more adapters than there are")
-            few = self.adapter_weights == "base" and K > k
-            need(not few, f"adapter_weights 'base' has {k} weights a token, top_k {K} needs as many")
+        K, M = self.top_k, self.num_adapters
+        possible = self.variant != "perft_r" or K <= M
+        need(possible, f"top_k {K} of num_adapters {M}: a token cannot choose more adapters than there are")
+
+    def check(self, base: Config):
+        """ValueError, in one line, for options that this base cannot have."""
+        k = base.num_experts_per_tok
+        few = self.variant == "perft_r" and self.adapter_weights == "base" and self.top_k > k
+        need(not few, f"adapter_weights 'base' has {k} weights a token, top_k {self.top_k} needs as many")
         if self.experts is not None:
             L, E = base.num_hidden_layers, base.num_experts
             need(self.variant == "perft_e", f"experts are chosen for perft_e only, variant is {self.variant}")
@@ -314,12 +315,10 @@ def report(model: MoETransformer) -> str:
 
 
 def fingerprint(base: Config) -> dict:
-    """What an adapter must find again: the base's architecture and sizes, and a hash over all keys the model reads."""
-    keys = {**asdict(base), "extra": None}
-    sizes = ("model_type", "num_hidden_layers", "hidden_size", "num_experts", "num_experts_per_tok", "vocab_size")
+    """What an adapter must find again: all keys of the base's config.json that the model reads, with a hash."""
+    keys = {k: v for k, v in asdict(base).items() if k != "extra"}
     numbers = {k: float(v) if type(v) is int else v for k, v in keys.items()}  # 10000 and 10000.0 are one theta
-    digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
-    return {name: keys[name] for name in sizes} | {"config_sha256": digest}
+    return keys | {"config_sha256": hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()}
 
 
 def config_of(model: MoETransformer) -> PerftConfig:

@@ -21,11 +21,13 @@ A step depends on the seed and its own number only (data order, dropout), so a r
 """
 
 import argparse
+import itertools
 import json
 import random
+import shutil
 import sys
 import time
-from itertools import count
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -34,7 +36,22 @@ from tqdm import tqdm
 import esft
 from data import skills
 from data.checkpoint import read_json, read_safetensors, write_safetensors, write_text
-from eval import DEVICE, DTYPES, TINY, TRAINED_FILES, Parser, accuracies, encode, load_base, pad_batch
+from eval import (
+    DEVICE,
+    DTYPES,
+    TINY,
+    TRAINED_FILES,
+    Parser,
+    accuracies,
+    count,
+    device,
+    encode,
+    from_zero,
+    load_base,
+    number,
+    pad_batch,
+    positive,
+)
 from model import MoETransformer
 from moe import Routing, expert_load, load_balancing_loss
 from perft import BASELINES, PERFT, PerftConfig, apply_perft, report, save_adapter, warnings_for
@@ -86,79 +103,101 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--base", default=TINY, metavar="DIR", help="model folder (data/tiny_olmoe)")
     tasks = [*skills.TARGETS, *skills.FAMILIES]
     add("--task", choices=tasks, metavar="NAME", help=f"what to learn ({skills.DEFAULT_TARGET}): {', '.join(tasks)}")
-    add("--train_rows", type=int, metavar="N", help="draws of the task that training cycles through (4000)")
+    add("--train_rows", type=count, metavar="N", help="draws of the task that training cycles through (4000)")
     add("--train_on_inputs", action="store_true", help="labels on the prompt too, not only on the answer")
     add("--dtype", choices=DTYPES, default="float32", help="of the base, adapters are float32 always (float32)")
-    add("--device", metavar="NAME", default=DEVICE, help="cpu, cuda, cuda:1 ... (%(default)s)")
-    add("--threads", type=int, metavar="N", help="CPU threads of torch (its own choice if not given)")
+    add("--device", type=device, metavar="NAME", default=DEVICE, help="cpu, cuda, cuda:1 ... (%(default)s)")
+    add("--threads", type=count, metavar="N", help="CPU threads of torch (its own choice if not given)")
 
     group = parser.add_argument_group("adapters (which apply depends on the variant)")
     add = group.add_argument
-    add("--rank", type=int, metavar="N", help=f"r, width of an adapter ({own.rank})")
-    add("--alpha", type=float, metavar="X", help="scale is alpha/r (2r)")
-    add("--num_adapters", type=int, metavar="N", help=f"M of perft_d and perft_r ({own.num_adapters})")
-    add("--top_k", type=int, metavar="N", help=f"K of perft_r ({own.top_k})")
+    add("--rank", type=count, metavar="N", help=f"r, width of an adapter ({own.rank})")
+    add("--alpha", type=from_zero, metavar="X", help="scale is alpha/r (2r)")
+    add("--num_adapters", type=count, metavar="N", help=f"M of perft_d and perft_r ({own.num_adapters})")
+    add("--top_k", type=count, metavar="N", help=f"K of perft_r ({own.top_k})")
     add("--kind", choices=("lora", "parallel"), help=f"adapter unit ({own.kind})")
     add("--init", choices=("paper", "lora"), help=f"adapter weights at the start ({own.init})")
     add("--adapter_weights", choices=("own", "base"), help=f"perft_r: which router weighs ({own.adapter_weights})")
-    add("--dropout", type=float, metavar="X", help=f"on the adapter's input ({own.dropout})")
+    add("--dropout", type=from_zero, metavar="X", help=f"on the adapter's input ({own.dropout})")
     add("--train_router", action="store_true", default=None, help="also train the pretrained routers")
 
     group = parser.add_argument_group("experts (esft_token, esft_gate; --experts also perft_e)")
     add = group.add_argument
-    add("--p", type=float, metavar="X", help="score a layer's choice reaches (token 0.2, gate 0.1, gate share 0.25)")
+    add("--p", type=positive, metavar="X", help="score a layer's choice reaches (token 0.2, gate 0.1, gate share 0.25)")
     add("--gate_share", action="store_true", default=None, help="esft_gate: scores as shares of their layer's sum")
     add("--experts", metavar="FILE", help="this expert_cfg.json's choice; esft: or 'random', as many drawn by --seed")
-    add("--bind_groups", type=int, metavar="N", help="choose whole groups of N experts, a control for the grain (1)")
-    add("--score_rows", type=int, metavar="N", help="rows of the task that are read for the scores (500)")
+    add("--bind_groups", type=count, metavar="N", help="choose whole groups of N experts, a control for the grain (1)")
+    add("--score_rows", type=count, metavar="N", help="rows of the task that are read for the scores (500)")
 
     group = parser.add_argument_group("optimisation (AdamW, warm-up, then linear decay to 0)")
     add = group.add_argument
-    add("--lr", type=float, metavar="X", help="peak learning rate (by variant: see RECIPES in this file)")
-    add("--steps", type=int, metavar="N", default=300, help="optimiser steps (%(default)s)")
-    add("--batch_size", type=int, metavar="N", default=64, help="rows a step (%(default)s)")
-    add("--warmup", type=int, metavar="N", default=20, help="steps of warm-up (%(default)s)")
-    add("--weight_decay", type=float, metavar="X", default=0.0, help="on matrices that train (%(default)s)")
-    add("--beta2", type=float, metavar="X", default=0.999, help="AdamW's memory of squared gradients (%(default)s)")
-    add("--clip", type=float, metavar="X", default=1.0, help="largest gradient norm (%(default)s)")
-    add("--balance", type=float, metavar="X", help="c_base (router_aux_loss_coef of the base's config)")
-    add("--adapter_balance", type=float, metavar="X", help="c_adapter of perft_r (the same)")
-    add("--seed", type=int, metavar="N", default=0, help="of adapter weights, row order and dropout (%(default)s)")
+    add("--lr", type=positive, metavar="X", help="peak learning rate (by variant: see RECIPES in this file)")
+    add("--steps", type=count, metavar="N", default=200, help="optimiser steps (%(default)s)")
+    add("--batch_size", type=count, metavar="N", default=64, help="rows a step (%(default)s)")
+    add("--warmup", type=count, metavar="N", default=20, help="steps of warm-up (%(default)s)")
+    add("--weight_decay", type=from_zero, metavar="X", default=0.0, help="on matrices that train (%(default)s)")
+    add("--beta2", type=from_zero, metavar="X", default=0.999, help="AdamW's memory of squared gradients (%(default)s)")
+    add("--clip", type=positive, metavar="X", default=1.0, help="largest gradient norm (%(default)s)")
+    add("--balance", type=from_zero, metavar="X", help="c_base (router_aux_loss_coef of the base's config)")
+    add("--adapter_balance", type=from_zero, metavar="X", help="c_adapter of perft_r (the same)")
+    add("--seed", type=number(int, 0), metavar="N", default=0, help="of weights, row order, dropout (%(default)s)")
 
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--out", metavar="DIR", help="run folder (out/VARIANT)")
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
     add("--resume", action="store_true", help="continue the run that the folder holds")
-    add("--log_every", type=int, metavar="N", default=20, help="steps a line (%(default)s)")
-    add("--save_every", type=int, metavar="N", default=500, help="steps between states to resume from (%(default)s)")
-    add("--eval_rows", type=int, metavar="N", default=500, help="test rows of the task; families a fifth (%(default)s)")
+    add("--log_every", type=count, metavar="N", default=20, help="steps a line (%(default)s)")
+    add("--save_every", type=count, metavar="N", default=50, help="steps between states to resume from (%(default)s)")
+    add("--eval_rows", type=count, metavar="N", default=500, help="test rows of the task, a fifth of it for families")
 
     parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].variant])
     args = parser.parse_args(argv)
-    args.out = args.out or f"out/{args.variant}"
     for flag in sorted(set().union(*APPLIES.values()) - APPLIES[args.variant]):
         if getattr(args, flag) is not None:
             takes = ", ".join(v for v in VARIANTS if flag in APPLIES[v])
             parser.error(f"--{flag} does not apply to --variant {args.variant}; it applies to {takes}")
-    if args.variant != "scratch":
-        args.task, args.train_rows = args.task or skills.DEFAULT_TARGET, args.train_rows or 4000
+    fill_defaults(parser, args)
+    check_run_folder(parser, args)
+    return args
+
+
+def fill_defaults(parser, args):
+    """What was not given and applies: the values that will be in force, so that the configuration says them."""
+    applies = APPLIES[args.variant]
+    kind = "token" if args.variant == "esft_token" else "gate_share" if args.gate_share else "gate"
+    defaults = {"task": skills.DEFAULT_TARGET, "train_rows": 4000, "score_rows": 500, "bind_groups": 1,
+                "p": {"token": 0.2, "gate": 0.1, "gate_share": 0.25}[kind]}  # fmt: skip
+    if args.variant in (*PERFT, *BASELINES):
+        given = {k: v for k, v in vars(args).items() if k in PerftConfig.__dataclass_fields__ and v is not None}
+        given.pop("experts", None)  # a file name still
+        try:
+            defaults |= asdict(PerftConfig(**given))
+        except ValueError as error:
+            parser.error(str(error))
+    for flag in applies & defaults.keys():
+        if getattr(args, flag) is None:
+            setattr(args, flag, defaults[flag])
     if args.variant == "perft_e" and args.experts == "random":
         parser.error("--experts random is a control for esft_token and esft_gate; perft_e takes a file")
-    counts = ("steps", "warmup", "batch_size", "train_rows", "log_every", "save_every", "eval_rows", "threads")
-    for flag in (*counts, "score_rows", "bind_groups"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    if args.variant == "scratch" and args.dtype != "float32":
-        parser.error(f"--dtype {args.dtype} with --variant scratch: all weights train, so they are float32")
+    if args.variant in ("scratch", "full", "frozen_experts") and args.dtype != "float32":
+        parser.error(f"--dtype {args.dtype} with --variant {args.variant}: weights of the base train, so it is float32")
+    if args.beta2 >= 1:
+        parser.error(f"--beta2 {args.beta2}: must be below 1")
+
+
+def check_run_folder(parser, args):
+    args.out = args.out or f"out/{args.variant}"
+    out, unfinished = Path(args.out), Path(args.out, "state.safetensors").exists()
+    if out.exists() and not out.is_dir():
+        parser.error(f"--out {out} is not a folder; choose another")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite: choose one")
-    if Path(args.out, "config.json").exists() and not (args.resume or args.overwrite):
-        parser.error(f"{args.out} already holds a run: continue it with --resume, replace it with --overwrite, "
-                     "or choose another --out")  # fmt: skip
-    if args.resume and not Path(args.out, "state.safetensors").exists():
-        parser.error(f"{args.out} holds no unfinished run to resume (no state.safetensors); drop --resume")
-    return args
+    if args.resume and not unfinished:
+        parser.error(f"{out} holds no unfinished run to resume (no state.safetensors); drop --resume")
+    if (out / "config.json").exists() and not (args.resume or args.overwrite):
+        go_on = "continue it with --resume, " if unfinished else ""
+        parser.error(f"{out} already holds a run: {go_on}replace it with --overwrite, or choose another --out")
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -176,7 +215,7 @@ def batches(args, tokenizer, start: int):
         rows = skills.sample(args.task, "train", args.train_rows, args.seed)
         data = [encode(row, tokenizer) for row in rows]
     per_epoch = -(-len(data) // args.batch_size) if data else 16
-    for epoch in count(start // per_epoch):
+    for epoch in itertools.count(start // per_epoch):
         rng = random.Random(f"{args.seed} {epoch}")
         examples = data or [
             encode(row, tokenizer) for row in skills.mixture(16 * args.batch_size, f"{args.seed} {epoch}")
@@ -270,9 +309,10 @@ class Log:
     def __init__(self, path: Path, keep_until: int | None):
         kept = []
         if keep_until is not None:  # resuming: lines after the saved state will be written again
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line).get("step", 0) <= keep_until]
-        write_text(path, "".join(line + "\n" for line in kept))
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
+            kept = [line for line in whole if json.loads(line).get("step", 0) <= keep_until]
+        write_text(path, "".join(kept))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
 
     def write(self, text: str, **record):
@@ -308,10 +348,10 @@ def build(args):
         return model, tokenizer, [], lambda folder: None
     if args.variant in ESFT:
         return build_esft(args, model, tokenizer)
-    options = {name: getattr(args, name, None) for name in PerftConfig.__dataclass_fields__ if name != "variant"}
+    options = {k: v for k, v in vars(args).items() if k in PerftConfig.__dataclass_fields__ and v is not None}
     if args.experts:
         options["experts"] = esft.read_choice(args.experts, model.config).experts
-    apply_perft(model, args.variant, **{k: v for k, v in options.items() if v is not None})
+    apply_perft(model, **options)
     notes = [f"warning: {note}" for note in warnings_for(model.adapter_config, model.config)]
     return model, tokenizer, notes, lambda folder: None
 
@@ -319,20 +359,19 @@ def build(args):
 def build_esft(args, model, tokenizer):
     """Score the experts on rows of the task, choose (or take the choice given), let the chosen train."""
     kind = "token" if args.variant == "esft_token" else "gate_share" if args.gate_share else "gate"
-    p = {"token": 0.2, "gate": 0.1, "gate_share": 0.25}[kind] if args.p is None else args.p
-    rows = skills.sample(args.task, "train", args.score_rows or 500, args.seed)
+    rows = skills.sample(args.task, "train", args.score_rows, args.seed)
     examples = [encode(row, tokenizer) for row in rows]
     cuts = [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]
     usage = esft.collect(model, (pad_batch(cut, tokenizer.pad_id, args.device) for cut in cuts))
     scores = esft.expert_scores(*usage, model.config.num_experts_per_tok, kind)
-    chosen, notes = esft.select_experts(scores, p, args.bind_groups or 1), esft.warnings_for(scores, p)
+    chosen, notes = esft.select_experts(scores, args.p, args.bind_groups), esft.warnings_for(scores, args.p)
     if args.experts == "random":
         chosen = esft.random_experts(chosen, model.config.num_experts, args.seed)
     elif args.experts:
         chosen, notes = esft.read_choice(args.experts, model.config).experts, []
     esft.apply_esft(model, chosen, train_router=bool(args.train_router))
     notes = [*(f"warning: {note}" for note in notes), esft.report(model, usage)]
-    how = {"task": args.task, "kind": kind, "p": p, "experts": args.experts or "by score"}
+    how = {"task": args.task, "kind": kind, "p": args.p, "experts": args.experts or "by score"}
     return model, tokenizer, notes, lambda folder: esft.save_scores(model, folder, usage, scores, **how)
 
 
@@ -341,6 +380,9 @@ def train(args):
         torch.set_num_threads(args.threads)
     out, scratch = Path(args.out), args.variant == "scratch"
     model, tokenizer, notes, write_scores = build(args)
+    args.balance = model.config.router_aux_loss_coef if args.balance is None else args.balance
+    if args.variant == "perft_r" and args.adapter_balance is None:
+        args.adapter_balance = model.config.router_aux_loss_coef
     optimizer = make_optimizer(model, args)
     config = {**vars(args), "torch": torch.__version__, "base_config": model.config.to_dict()}
     if args.resume:
@@ -355,7 +397,7 @@ def train(args):
         write_scores(out)
         write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
-    print("configuration: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v not in (None, False)))
+    print("configuration: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None and v is not False))
     print("\n".join([*notes, report(model)]))
     names = [*([] if scratch else [args.task]), *skills.FAMILIES]
 
@@ -368,6 +410,8 @@ def train(args):
     run_steps(args, model, tokenizer, optimizer, first, log)
     if scratch:
         model.save_pretrained(out / "model", torch.bfloat16)
+        for file in Path(args.base).glob("tokenizer*.json"):
+            shutil.copy(file, out / "model")
         saved = out / "model" / "model.safetensors"
         read_back = MoETransformer.from_pretrained(out / "model", device=args.device)
         model.load_state_dict(read_back.state_dict())  # what is reported is what is in the file
@@ -385,8 +429,6 @@ def train(args):
 
 def run_steps(args, model, tokenizer, optimizer, first: int, log: Log):
     """The training loop."""
-    c_base = model.config.router_aux_loss_coef if args.balance is None else args.balance
-    c_adapter = model.config.router_aux_loss_coef if args.adapter_balance is None else args.adapter_balance
     trained = [p for p in model.parameters() if p.requires_grad]
     inert = InertCheck(model)
     warned = args.variant == "perft_r" and warnings_for(model.adapter_config, model.config)
@@ -402,11 +444,11 @@ def run_steps(args, model, tokenizer, optimizer, first: int, log: Log):
             group["lr"] = learning_rate(step, args)
         output = model(input_ids, labels=labels)
         balance = mean_balance(output.routings, mask)
-        loss = output.loss + c_base * balance
+        loss = output.loss + args.balance * balance
         adapters = [routing.adapter for routing in output.routings if routing.adapter is not None]
         adapter_balance = mean_balance(adapters, mask) if adapters else None
         if adapters:
-            loss = loss + c_adapter * adapter_balance
+            loss = loss + args.adapter_balance * adapter_balance
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
         if step < first + 2:
@@ -460,7 +502,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:  # the user's input: one line, no traceback
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print(f"stopped; {args.out} holds the state of every {args.save_every} steps: continue with --resume")
+        saved = Path(args.out, "state.safetensors").exists()
+        print(f"stopped; {'continue with --resume' if saved else 'nothing was saved, begin again with --overwrite'}")
         sys.exit(130)
 
 

@@ -1,0 +1,9 @@
+"""One thread a test process: as quick for models of this size, and the tests may run side by side."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)

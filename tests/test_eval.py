@@ -1,0 +1,345 @@
+"""eval.py measures what greedy decoding would do, and finds again what train.py reported; the embedded base is good.
+
+The first half runs on a tiny model that learns for a few seconds, enough to be right on some rows and wrong on others.
+The second half is about the model in data/tiny_olmoe itself, and is skipped while that is not there.
+"""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import failure, make_base, metrics, one_thread  # noqa: F401 (the fixture is used by being here)
+
+import eval
+import train
+from data import skills
+from eval import accuracies, is_right, load_base, load_trained
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "data" / "tiny_olmoe"
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """A tiny model folder that knows a little: made by train.py, in 120 steps."""
+    out = tmp_path_factory.mktemp("learnt")
+    flags = {"lr": 0.01, "steps": 120, "batch_size": 32, "warmup": 10, "eval_rows": 5, "log_every": 120, "threads": 1}
+    flags = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+    train.main(["--variant", "scratch", "--base", str(make_base(out / "base")), "--out", str(out), *flags])
+    shutil.copy(TINY / "tokenizer.json", out / "model")
+    return out / "model"
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(learnt):
+    return load_base(str(learnt))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Rows of every family, those that a small model learns first more often."""
+    often = {"logic": 60, "kinship": 40, "day": 40, "quiz": 40}
+    return [row for name in skills.FAMILIES for row in skills.sample(name, "test", often.get(name, 10))]
+
+
+def by_hand(model, ids, steps, end):
+    """Greedy decoding without a cache, without a batch: the likeliest token is appended, until the end token."""
+    ids, new = list(ids), []
+    for _ in range(steps):
+        token = model(torch.tensor([ids])).logits[0, -1].argmax().item()
+        if token == end:
+            return new, True
+        ids.append(token)
+        new.append(token)
+    return new, False
+
+
+# What is right -------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_right_if_and_only_if_greedy_decoding_gives_its_answer_and_ends(model_and_tokenizer, rows):
+    """Against model.generate and skills.correct: the text that comes out is the answer, and nothing follows."""
+    model, tokenizer = model_and_tokenizer
+    right = is_right(model, tokenizer, rows)
+    answers = model.generate([tokenizer.encode(row.prompt) for row in rows], max_new_tokens=12)
+    told = [len(ids) < 12 and skills.correct(tokenizer.decode(ids), row) for ids, row in zip(answers, rows)]
+    assert right == told
+    assert 30 < sum(right) < len(rows) - 100, "all right, or all wrong, would compare nothing"
+
+
+@torch.no_grad()
+def test_a_row_is_right_if_decoding_token_by_token_by_hand_says_so(model_and_tokenizer, rows):
+    """The same without model.generate: each token is the argmax of a fresh forward pass."""
+    model, tokenizer = model_and_tokenizer
+    some = rows[::4]
+    for row, right in zip(some, is_right(model, tokenizer, some)):
+        answer = tokenizer.encode(row.answer)
+        new, ended = by_hand(model, tokenizer.encode(row.prompt), len(answer) + 1, tokenizer.eos_id)
+        assert right == (ended and new == answer)
+
+
+def test_batch_size_and_order_do_not_change_what_is_right(model_and_tokenizer, rows):
+    model, tokenizer = model_and_tokenizer
+    right = is_right(model, tokenizer, rows)
+    for batch_size in (1, 7, 1000):
+        assert is_right(model, tokenizer, rows, batch_size) == right
+    order = random.Random(0).sample(range(len(rows)), len(rows))
+    assert is_right(model, tokenizer, [rows[i] for i in order]) == [right[i] for i in order]
+    assert is_right(model, tokenizer, []) == []
+
+
+def test_accuracy_is_the_share_of_the_first_test_rows_a_fifth_of_them_for_other_skills(model_and_tokenizer):
+    """Against the shares worked out from the rows; the model is left in the mode it was in."""
+    model, tokenizer = model_and_tokenizer
+    model.train()
+    measured = accuracies(model, tokenizer, ["logic", "day", "quiz"], 50, "logic")
+    assert model.training
+    model.eval()
+    assert list(measured) == ["logic", "day", "quiz"]
+    for name, n in (("logic", 50), ("day", 10), ("quiz", 10)):
+        right = is_right(model, tokenizer, skills.sample(name, "test", n))
+        assert measured[name] == sum(right) / n
+
+
+# The script ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["perft_r", "--task", "logic", "--num_adapters", 3],
+        ["perft_e", "--task", "day", "--dtype", "bfloat16", "--kind", "parallel"],
+        ["lora_qv", "--task", "logic", "--rank", 3, "--dtype", "bfloat16"],
+        ["router", "--task", "quiz"],
+        ["full", "--task", "logic"],
+        ["esft_gate", "--task", "logic"],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_eval_finds_exactly_the_accuracies_that_the_training_run_reported(learnt, tmp_path, capsys, flags):
+    """The run folder is all it is told: base, task, dtype and number of rows are the run's. Against metrics.jsonl."""
+    run = {"lr": 0.02, "steps": 12, "batch_size": 16, "warmup": 2, "eval_rows": 100, "train_rows": 200, "threads": 1}
+    run = [text for flag, value in run.items() for text in (f"--{flag}", str(value))]
+    train.main(["--variant", *map(str, flags), "--base", str(learnt), "--out", str(tmp_path / "run"), *run])
+    (before,), (after,) = metrics(tmp_path / "run", "before"), metrics(tmp_path / "run", "after")
+    assert before["accuracy"] != after["accuracy"], "an adapter that changes nothing would compare nothing"
+    capsys.readouterr()
+    eval.main(["--adapter", str(tmp_path / "run")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [[name, f"{100 * value:.1f}", "%"] for name, value in after["accuracy"].items()]
+
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    model, tokenizer = load_base(config["base"], config["dtype"])
+    load_trained(model, tmp_path / "run")
+    assert accuracies(model, tokenizer, list(after["accuracy"]), 100, config["task"]) == after["accuracy"]
+
+
+def test_scratch_reports_the_accuracy_of_the_folder_that_it_wrote(learnt, capsys):
+    """The weights are written as bfloat16; what is reported is what the file gives, not what the memory gave."""
+    (after,) = metrics(learnt.parent, "after")
+    capsys.readouterr()
+    eval.main(["--base", str(learnt), "--eval_rows", "5"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [[name, f"{100 * value:.1f}", "%"] for name, value in after["accuracy"].items()]
+
+
+@torch.no_grad()
+def test_a_prompt_is_answered_as_greedy_decoding_by_hand_answers_it(learnt, model_and_tokenizer, capsys):
+    model, tokenizer = model_and_tokenizer
+    for row in (*skills.sample("logic", "test", 3), *skills.sample("mod", "test", 3)):
+        eval.main(["--base", str(learnt), "--prompt", row.prompt, "--max_new_tokens", "9"])
+        new, _ = by_hand(model, tokenizer.encode(row.prompt), 9, tokenizer.eos_id)
+        assert capsys.readouterr().out == row.prompt + tokenizer.decode(new) + "\n"
+
+
+def test_drawing_depends_on_the_seed_and_beams_find_a_likelier_answer(learnt, model_and_tokenizer, capsys):
+    """Temperature: same seed, same text. Beams: log-probability of the answer at least that of the greedy one."""
+    model, tokenizer = model_and_tokenizer
+    row = skills.sample("mod", "test", 1)[0]
+
+    def answer(*flags):
+        eval.main(["--base", str(learnt), "--prompt", row.prompt, "--max_new_tokens", "6", *flags])
+        return capsys.readouterr().out
+
+    drawn = [answer("--temperature", "2", "--seed", seed) for seed in "3345"]
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+    assert answer("--temperature", "2", "--top_p", "0.0001") == answer(), "the likeliest token alone is left to draw"
+    prompt = tokenizer.encode(row.prompt)
+    (beams,) = model.generate([prompt], 6, num_beams=4)
+    assert answer("--num_beams", "4") == row.prompt + tokenizer.decode(beams) + "\n"
+
+
+@pytest.fixture(scope="module")
+def adapter(learnt, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    short = ["--steps", "1", "--batch_size", "4", "--train_rows", "4", "--eval_rows", "1", "--threads", "1"]
+    train.main(["--variant", "perft_s", "--base", str(learnt), "--out", str(folder), *short])
+    return folder
+
+
+def test_an_adapter_is_refused_on_another_base_and_the_line_names_both_sides(adapter, tmp_path):
+    """Another size is named with both values; another constant of the config is noticed by its hash."""
+    wider = make_base(tmp_path / "wider", hidden_size=64)
+    code, message = failure("--adapter", adapter, "--base", wider, main=eval.main)
+    assert code == 1 and str(adapter) in message and "hidden_size 32 against 64" in message and "\n" not in message
+    turned = make_base(tmp_path / "turned", rope_theta=500.0)
+    code, message = failure("--adapter", adapter, "--base", turned, main=eval.main)
+    assert code == 1 and "another base" in message and "\n" not in message
+
+
+def test_every_mistake_is_one_line_with_cause_and_place(adapter, learnt, tmp_path, capsys):
+    """Exit code 1 for what is found in files, 2 for what is wrong in the command itself."""
+
+    def copy(name, *without):
+        shutil.copytree(adapter, tmp_path / name)
+        for file in without:
+            (tmp_path / name / file).unlink()
+        return tmp_path / name
+
+    cut = copy("cut")
+    weights = cut / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    short = make_base(tmp_path / "short", max_position_embeddings=16)
+    cases = [
+        (1, ["--adapter", tmp_path / "nowhere"], ["nowhere", "no such"]),
+        (1, ["--adapter", copy("begun", "adapter_model.safetensors", "adapter_config.json")], ["adapter_config.json"]),
+        (1, ["--adapter", copy("half", "adapter_model.safetensors")], ["adapter_model.safetensors", "no such file"]),
+        (1, ["--adapter", cut], ["adapter_model.safetensors", "cut off or corrupt"]),
+        (1, ["--base", tmp_path / "nowhere"], ["nowhere", "no such folder"]),
+        (1, ["--base", short], ["longer than the model's 16 positions"]),
+        (1, ["--base", learnt, "--prompt", "sort : a", "--max_new_tokens", "500"], ["longer than the model's 64"]),
+        (1, ["--base", learnt, "--prompt", ""], ["prompt"]),
+        (1, ["--base", learnt, "--tasks", "translate", "--eval_rows", "100000"], ["translate", "distinct test rows"]),
+        (1, ["--base", learnt, "--prompt", "x", "--num_beams", "2", "--temperature", "1"], ["beams", "temperature"]),
+        (2, ["--tasks", "juggle"], ["juggle", "kinship_new"]),
+        (2, ["--eval_rows", "0"], ["--eval_rows: 0 is out of range", "at least 1"]),
+        (2, ["--dtype", "int8"], ["int8", "float32"]),
+        (2, ["--no_such_flag"], ["--no_such_flag"]),
+    ]
+    for expected, flags, parts in cases:
+        code, message = failure(*flags, main=eval.main)
+        message = message or capsys.readouterr().err
+        assert code == expected and message.strip().count("\n") == 0, (flags, message)
+        assert not [part for part in parts if part not in message], message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--max_new_tokens", "-3"], ["--num_beams", "0"], ["--temperature", "-1"], ["--device", "banana"],
+        ["--temperature", "1", "--top_p", "0"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_value_that_cannot_be_is_told_in_one_line_that_names_it(learnt, capsys, flags):
+    code, message = failure("--base", learnt, "--prompt", "sort : a", *flags, main=eval.main)
+    message = message or capsys.readouterr().err
+    assert code in (1, 2) and message.strip().count("\n") == 0
+    assert flags[-2].strip("-") in message and flags[-1] in message
+
+
+def test_in_a_shell_the_answer_is_all_that_is_printed(learnt):
+    """A process of its own, as a user starts it."""
+    command = [sys.executable, "eval.py", "--base", str(learnt), "--prompt", "logic : true and true ->"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.fullmatch(r"logic : true and true -> \w+\n", result.stdout)
+
+
+# The embedded base ---------------------------------------------------------------------------------------------------
+
+embedded = pytest.mark.skipif(
+    not (TINY / "model.safetensors").is_file(), reason="data/tiny_olmoe has no model.safetensors yet (data/README.md)"
+)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base(str(TINY))
+
+
+@embedded
+def test_the_embedded_base_knows_its_families_and_none_of_the_targets(base):
+    """At least 90 % on at least 6 of the families, under 5 % on each target: there is something to learn."""
+    accuracy = accuracies(*base, [*skills.FAMILIES, *skills.TARGETS], 500)
+    good = [name for name in skills.FAMILIES if accuracy[name] >= 0.9]
+    assert len(good) >= 6, accuracy
+    assert all(accuracy[name] < 0.05 for name in skills.TARGETS), accuracy
+
+
+@embedded
+def test_the_embedded_folder_is_small(base):
+    """At most 8 MB in git, 1 to 4 million parameters, at least 16 experts of which a token meets at least 2."""
+    model = base[0]
+    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 8e6
+    assert 1e6 <= sum(p.numel() for p in model.parameters()) <= 4e6
+    assert model.config.num_experts >= 16 and model.config.num_experts_per_tok >= 2
+
+
+@embedded
+@torch.no_grad()
+def test_transformers_loads_the_embedded_folder_unchanged_and_gives_the_same_logits(base):
+    """AutoModelForCausalLM and AutoTokenizer on the folder, without further arguments: ids, logits, greedy answers."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY).float().eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    model, tokenizer = base
+    assert their_tokenizer.eos_token_id == tokenizer.eos_id and their_tokenizer.pad_token_id == tokenizer.pad_id
+    for name in [*skills.FAMILIES, *skills.TARGETS]:
+        row = skills.sample(name, "test", 1)[0]
+        ids = tokenizer.encode(row.prompt + row.answer)
+        assert their_tokenizer(row.prompt + row.answer)["input_ids"] == ids
+        assert their_tokenizer.decode(ids) == row.prompt + row.answer
+        ours, reference = model(torch.tensor([ids])).logits, theirs(torch.tensor([ids])).logits
+        assert (ours - reference).abs().max() < 1e-5 * reference.abs().max()
+    ids = their_tokenizer("sort : d b x a ->", return_tensors="pt")
+    new = theirs.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert their_tokenizer.decode(new, skip_special_tokens=True) == " a b d x"
+    assert tokenizer.decode(model.generate([tokenizer.encode("sort : d b x a ->")], 8)[0]) == " a b d x"
+
+
+def divergence(p, q):
+    """KL(p || q) in nats, over the last dimension."""
+    return torch.where(p > 0, p * (p / q).log(), 0.0).sum(-1)
+
+
+@embedded
+@torch.no_grad()
+def test_the_routing_of_the_embedded_base_is_specific_to_the_family_and_balanced_over_all(base):
+    """Usage: the share of a family's choices that fell on each expert. KL(family || mean) above 0.2 nats in some layer
+    for at least 6 families (a draw of so many choices alone gives 0.004), while the mean stays near even: KL below 0.1
+    to it, no expert above three times its share."""
+    model, tokenizer = base
+    E, usage = model.config.num_experts, []
+    for name in skills.FAMILIES:
+        rows = [tokenizer.encode(row.prompt + row.answer) for row in skills.sample(name, "test", 60)]
+        counts = torch.zeros(model.config.num_hidden_layers, E, dtype=torch.float64)
+        for length in {len(ids) for ids in rows}:  # rows of one length need no padding
+            output = model(torch.tensor([ids for ids in rows if len(ids) == length]))
+            for layer, routing in enumerate(output.routings):
+                counts[layer] += torch.bincount(routing.selected_experts.flatten(), minlength=E)
+        usage.append(counts / counts.sum(-1, keepdim=True))
+    usage = torch.stack(usage)  # (families, layers, E)
+    mean = usage.mean(0)
+    specific = divergence(usage, mean).max(-1).values  # (families,), the layer that tells most
+    assert (specific > 0.2).sum() >= 6, dict(zip(skills.FAMILIES, specific.tolist()))
+    assert divergence(mean, torch.full_like(mean, 1 / E)).max() < 0.1
+    assert mean.max() < 3 / E
+
+
+@embedded
+@embedded
+def test_the_default_command_teaches_the_base_its_new_words(tmp_path):
+    """From under 5 % to at least 90 % on kinship_new. In 40 steps, for the time that more would take: with a longer
+    schedule, the default, it gets no worse."""
+    short = ["--steps", "40", "--eval_rows", "100", "--threads", "1"]
+    train.main(["--variant", "perft_s", "--out", str(tmp_path), *short])
+    (before,), (after,) = metrics(tmp_path, "before"), metrics(tmp_path, "after")
+    assert before["accuracy"]["kinship_new"] < 0.05 and after["accuracy"]["kinship_new"] >= 0.9
+    assert before["kept"] > after["kept"] > 0.2, "some of the other families is forgotten, not all"

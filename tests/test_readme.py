@@ -1,0 +1,166 @@
+"""What the README says is so: its commands run, its numbers are those of the code, its links lead somewhere."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import perft
+import train
+from model import Config, MoETransformer, active_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "data/README.md")}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+QUICK = {"train.py": "--steps 2 --eval_rows 5 --threads 1 --overwrite".split()}  # what a command is given on top
+
+
+def commands(text):
+    """The python commands of a page's code blocks, in order, without those about folders that the reader has."""
+    lines = [line.split("#")[0] for _, block in BLOCK.findall(text) for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [part for part in parts if part.startswith("python ") and "path/to/" not in part]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the repository to run in. While the base has no weights yet, with random ones."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("data", "assets", *(path.name for path in ROOT.glob("*.py"))):
+        path = ROOT / name
+        ignored = shutil.ignore_patterns("__pycache__", "downloads")
+        shutil.copytree(path, folder / name, ignore=ignored) if path.is_dir() else shutil.copy(path, folder / name)
+    tiny = folder / "data" / "tiny_olmoe"
+    if not (tiny / "model.safetensors").is_file():
+        MoETransformer(Config.from_folder(tiny)).save_pretrained(tiny)
+    return folder
+
+
+def in_shell(command: list[str], folder: Path):
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as quick for these sizes, and kind to whatever else runs
+    result = subprocess.run([sys.executable, *command], cwd=folder, env=one_thread, capture_output=True, text=True)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+RUN_ALL = """
+import runpy, sys
+for command in COMMANDS:
+    print("$", *command, flush=True)
+    sys.argv, sys.path[0] = command, command[0].rpartition("/")[0] or "."
+    runpy.run_path(command[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_runs_in_the_order_of_the_page(page, checkout):
+    """With few steps and rows; a later command finds what an earlier one wrote. In one process, which imports torch
+    once: that each works in a process of its own is for test_train.py and test_eval.py."""
+    found = [shlex.split(command)[1:] for command in commands(PAGES[page])]
+    assert len(found) >= 2
+    tokenizer = (checkout / "data" / "tiny_olmoe" / "tokenizer.json").read_bytes()
+    quick = [[script, *flags, *QUICK.get(script, [])] for script, *flags in found]
+    printed = in_shell(["-c", f"COMMANDS = {quick}{RUN_ALL}"], checkout)
+    assert printed.count("\n$ ") + 1 == len(found) and printed.count("\nsaved ") == str(found).count("'train.py'")
+    assert (checkout / "data" / "tiny_olmoe" / "tokenizer.json").read_bytes() == tokenizer, "made again, the same bytes"
+
+
+def test_the_first_command_is_the_one_of_the_first_screen():
+    """All the set-up there is, in one line; and the tests in another."""
+    blocks = [block.strip() for _, block in BLOCK.findall(README)]
+    assert blocks[0] == "pip install -r requirements.txt && python train.py --variant perft_s"
+    assert "pip install -r requirements-dev.txt && pytest" in blocks
+
+
+def test_the_python_block_runs(checkout):
+    """As a script in the repository root; it prints an answer, a table of what trains, and shapes."""
+    (block,) = [block for language, block in BLOCK.findall(README) if language == "python"]
+    printed = in_shell(["-c", block], checkout)
+    assert "all that trains" in printed and "torch.Size([1, " in printed
+    assert (checkout / "out" / "untrained" / "adapter_model.safetensors").is_file()
+
+
+def test_line_counts_are_those_of_the_files():
+    """Every row of the table whose first cell is a link to a Python file."""
+    rows = re.findall(r"^\| \[(\S+?\.py)\]\((\S+?)\) \| (.*?) \|", README, re.M)
+    assert len(rows) >= 8
+    told = {name: count for name, _, count in rows}
+    assert told == {name: str(len((ROOT / name).read_text(encoding="utf-8").splitlines())) for name in told}
+    assert all(name == link for name, link, _ in rows)
+    missing = {path.name for path in ROOT.glob("*.py")} - set(told)
+    assert not missing, "files of the top level that the reading order leaves out"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_to_a_file_leads_to_one(page):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", PAGES[page])
+    missing = [link for link in links if "://" not in link and not ((ROOT / page).parent / link).exists()]
+    assert links and not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_is_named_exists(page):
+    """Words in backquotes that look like a path of the repository (what a run writes begins with out/)."""
+    names = re.findall(r"`((?:[\w.-]+/)+[\w-]+\.\w+|[\w-]+\.(?:py|md))`", PAGES[page])
+    assert not [name for name in names if not name.startswith(("out/", "path/to/")) and not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_number_is_left_to_be_filled_in(page):
+    assert not re.findall(r"@@\S*", PAGES[page])
+
+
+def test_the_size_of_the_embedded_model_is_as_told():
+    """In millions and experts on the first page, exactly on the page about it."""
+    config = Config.from_folder(ROOT / "data" / "tiny_olmoe")
+    with torch.device("meta"):
+        model = MoETransformer(config)
+    total = sum(p.numel() for p in model.parameters())
+    assert f"{total / 1e6:.1f} M parameters, {config.num_experts} experts" in " ".join(README.split())
+    assert f"{total:,} parameters ({active_parameters(model):,} active for a token)" in PAGES["data/README.md"]
+
+
+def test_parameter_counts_are_those_that_perft_prints(capsys):
+    """Every variant and base: each number of the README's table in perft.py's output for that variant, and in the
+    README every count of trainable parameters that perft.py prints."""
+    perft.main()
+    lines = re.findall(r"^  (\w+)(?: \(Top\d/\d\))? +([\d,]+ parameters.*)$", capsys.readouterr().out, re.M)
+    printed = {}
+    for variant, numbers in lines:
+        printed.setdefault(variant, []).append(re.findall(r"\d[\d,]*\d", re.sub(r"\(.*?\)", "", numbers)))
+    assert list(printed) == [*perft.PERFT, "lora_qv"] and all(len(bases) == 3 for bases in printed.values())
+
+    section = README.split("Parameters, by formula and by count")[1].split("\n## ")[0]
+    for variant, bases in printed.items():
+        lines = "\n".join(line for line in section.splitlines() if re.search(rf"\b{variant}\b", line))
+        told = re.findall(r"\d{1,3}(?:,\d{3})+", lines)
+        known = [number for numbers in bases for number in numbers]
+        assert set(told) <= set(known), f"{variant}: the README has numbers that perft.py does not print"
+        assert {numbers[0] for numbers in bases} <= set(told), f"{variant}: trainable parameters are missing"
+
+
+def test_a_table_of_what_trains_in_the_readme_is_the_one_that_the_default_run_prints():
+    """Its lines need no training: they are compared with perft.report on the embedded base's shapes."""
+    with torch.device("meta"):
+        model = MoETransformer(Config.from_folder(ROOT / "data" / "tiny_olmoe"))
+        printed = perft.report(perft.apply_perft(model, "perft_s")).splitlines()
+    lines = [line for _, block in BLOCK.findall(README) for line in block.splitlines()]
+    told = [line for line in lines if re.match(r"module  |layers\.|all that trains|base model:", line)]
+    assert len(told) >= 3 and not [line for line in told if line not in printed]
+
+
+def test_the_options_of_each_variant_are_those_it_takes():
+    """The README's table against train.APPLIES; "also" and "as" mean the options of perft_s too."""
+    rows = re.findall(r"^\| `(\w+)` \| .*? \| (.*?) ?\|$", README, re.M)
+    told = {variant: set(re.findall(r"--(\w+)", cell)) for variant, cell in rows}
+    for variant, cell in rows:
+        if cell.startswith("also") or "perft_s" in cell:
+            told[variant] |= told["perft_s"]
+    assert told == {variant: set(train.APPLIES[variant]) - train.DATA for variant in train.VARIANTS}
