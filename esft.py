@@ -31,6 +31,7 @@ for some months, that normalised over the layers instead of the experts. Added t
 shared experts, which neither OLMoE nor Mixtral has.
 
     python esft.py        the lesson: which experts the skills of the embedded world use, and how little they share
+    python esft.py export RUN_FOLDER NEW_FOLDER [BASE]      what train.py saved, in its base, as a Hugging Face folder
 """
 
 import json
@@ -349,6 +350,21 @@ def export(model: MoETransformer, folder: str | Path, base: str | Path | None = 
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
+def export_run(run: str | Path, folder: str | Path, base: str | Path | None = None) -> str:
+    """The command line's export -> what was done, in a line. base: the run's, or the embedded one, if not given."""
+    from eval import DTYPES, TINY
+
+    file = Path(run) / "config.json"  # absent where save was called by hand
+    settings = read_json(file) if file.exists() else {}
+    base, dtype = base or settings.get("base") or TINY, settings.get("dtype", "float32")
+    need(dtype in DTYPES, f"{file}: dtype is {dtype!r}; this project knows {', '.join(DTYPES)}")
+    model = load(MoETransformer.from_pretrained(base, DTYPES[dtype]), run)
+    export(model, folder, base)
+    E, chosen = model.config.num_experts, model.adapter_config.experts
+    size = (Path(folder) / "model.safetensors").stat().st_size
+    return f"wrote {folder}: {base} with {sum(map(len, chosen))} of {E * len(chosen)} experts replaced, {size:,} bytes"
+
+
 def save_scores(model: MoETransformer, folder: str | Path, usage: Usage, scores: torch.Tensor, **how):
     """Write scores.json and scores.svg; `how` the choice was made: kind, p and so on."""
     chosen, mass = need_esft(model).experts, usage.gate_sums.sum(-1) / usage.n_tokens
@@ -397,10 +413,7 @@ def main():
     from data import skills
     from eval import TINY, encode, load_base, pad_batch
 
-    try:
-        model, tokenizer = load_base(TINY)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    model, tokenizer = load_base(TINY)
     K, usages, choices = model.config.num_experts_per_tok, {}, {}
     print(f"The most used of {model.config.num_experts} experts that get half of a family's choices, {K} a token;")
     print("those before the bar get a fifth: ESFT-token (p 0.2) trains these")
@@ -420,5 +433,15 @@ def main():
     print("\nESFT for kinship\n" + report(apply_esft(model, choices["kinship"]), usages["kinship"]))
 
 
+def command(argv: list[str]):
+    if argv and (argv[0] != "export" or len(argv) not in (3, 4)):
+        print("usage: python esft.py [export RUN_FOLDER NEW_FOLDER [BASE]]", file=sys.stderr)
+        sys.exit(2)
+    try:
+        print(export_run(*argv[1:])) if argv else main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    main()
+    command(sys.argv[1:])

@@ -23,15 +23,25 @@ from data.tokenizer import load_tokenizer
 from model import Config, MoETransformer
 from perft import load_adapter
 
-TINY = str(Path(__file__).resolve().parent / "data" / "tiny_olmoe")
+TINY = Path(__file__).resolve().parent / "data" / "tiny_olmoe"
+TINY = str(TINY.relative_to(Path.cwd()) if TINY.is_relative_to(Path.cwd()) else TINY)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRAINED_FILES = ("adapter_config.json", "adapter_model.safetensors", esft.CONFIG, esft.WEIGHTS, *esft.PICTURES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def encode_prompt(text: str, tokenizer) -> list[int]:
+    """Ids of a text that is to be continued: after the begin token, where the model has one (Mixtral)."""
+    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
+
+
 def encode(row: skills.Row, tokenizer) -> tuple[list[int], list[int]]:
-    """A row -> ids of its prompt, ids of its answer with the end token."""
-    return tokenizer.encode(row.prompt), tokenizer.encode(row.answer) + [tokenizer.eos_id]
+    """A row -> ids of its prompt, ids of its answer with the end token.
+
+    The answer is tokenised where it stands, behind the prompt: sentencepiece would put a space before it alone.
+    """
+    prompt, whole = (encode_prompt(text, tokenizer) for text in (row.prompt, row.prompt + row.answer))
+    return prompt, whole[len(prompt) :] + [tokenizer.eos_id]
 
 
 def pad_batch(examples, pad_id: int, device, train_on_inputs=False):
@@ -68,7 +78,7 @@ def is_right(model: MoETransformer, tokenizer, rows: list[skills.Row], batch_siz
 
 
 def accuracies(model, tokenizer, names: list[str], rows: int, task: str | None = None) -> dict[str, float]:
-    """Share of right answers on the first `rows` test rows of each skill; with a task, a fifth as many of the others."""
+    """Share of right answers on the first `rows` test rows of each skill; with a task, a fifth of it of others."""
     drawn = {name: skills.sample(name, "test", rows if task in (None, name) else max(rows // 5, 1)) for name in names}
     right = iter(is_right(model, tokenizer, [row for some in drawn.values() for row in some]))
     return {name: sum(next(right) for _ in some) / len(some) for name, some in drawn.items()}
@@ -80,8 +90,9 @@ def load_trained(model: MoETransformer, folder: str | Path) -> MoETransformer:
     return load(model, folder)
 
 
-def load_base(folder: str, dtype="float32", device="cpu", random_weights=False):
-    """A model folder -> (model in eval mode, tokenizer). random_weights: its config and tokenizer only."""
+def load_base(folder: str | None, dtype="float32", device="cpu", random_weights=False):
+    """A model folder (None: the embedded one) -> (model in eval mode, tokenizer). random_weights: not its weights."""
+    folder = folder or TINY
     if random_weights:
         model = MoETransformer(Config.from_folder(folder)).to(device)
     else:
@@ -90,6 +101,10 @@ def load_base(folder: str, dtype="float32", device="cpu", random_weights=False):
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model "
                          f"{model.config.vocab_size}: tokenizer.json and config.json do not belong together")
+    if tokenizer.eos_id is None:
+        raise ValueError(f"{folder}: no end token; give config.json an eos_token_id")
+    if model.config.eos_token_id is None:
+        model.config.eos_token_id = tokenizer.eos_id
     return model, tokenizer
 
 
@@ -146,19 +161,31 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--temperature", type=from_zero, metavar="X", default=0.0, help="0: the likeliest token each time")
     add("--top_p", type=positive, metavar="X", default=1.0, help="draw from the likeliest tokens of this mass (1: all)")
     add("--seed", type=int, metavar="N", default=0, help="of the draws (%(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.prompt is not None and (args.tasks or args.eval_rows):
+        parser.error("--prompt answers one prompt; --tasks and --eval_rows do not apply")
+    drawn = [flag for flag in ("max_new_tokens", "num_beams", "temperature", "top_p", "seed")
+             if getattr(args, flag) != parser.get_default(flag)]  # fmt: skip
+    if args.prompt is None and drawn:
+        parser.error(f"--{drawn[0]} applies to --prompt only")
+    return args
 
 
 def evaluate(args):
-    run = read_json(Path(args.adapter) / "config.json") if args.adapter else {}
-    base, dtype = args.base or run.get("base", TINY), args.dtype or run.get("dtype", "float32")
-    model, tokenizer = load_base(base, dtype, args.device)
+    run = {}
+    if args.adapter:
+        if (Path(args.adapter) / "model").is_dir():
+            raise ValueError(f"{args.adapter} holds a whole model, no adapter: use --base {args.adapter}/model")
+        file = Path(args.adapter) / "config.json"  # absent where save_adapter was called by hand
+        run = read_json(file) if file.exists() else {}
+    model, tokenizer = load_base(args.base or run.get("base"), args.dtype or run.get("dtype", "float32"), args.device)
     if args.adapter:
         load_trained(model, args.adapter)
     if args.prompt is not None:
-        ids = model.generate([tokenizer.encode(args.prompt)], args.max_new_tokens, temperature=args.temperature,
-                             top_p=args.top_p, num_beams=args.num_beams, seed=args.seed)[0]  # fmt: skip
-        print(args.prompt + tokenizer.decode(ids))
+        ids = encode_prompt(args.prompt, tokenizer)
+        new = model.generate([ids], args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
+                             num_beams=args.num_beams, seed=args.seed)[0]  # fmt: skip
+        print(tokenizer.decode(ids + new))
         return
     task, rows = run.get("task"), args.eval_rows or run.get("eval_rows", 500)
     if args.tasks:
@@ -174,6 +201,8 @@ def main(argv=None):
         evaluate(args)
     except (ValueError, OSError) as error:  # the user's input: one line, no traceback
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

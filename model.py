@@ -352,9 +352,14 @@ class MoETransformer(nn.Module):
             return [[] for _ in prompts]
         if num_beams > 1 and temperature > 0:
             raise ValueError(f"num_beams {num_beams}, temperature {temperature}: beam search does not draw; choose one")
+        training = self.training
+        self.eval()  # no dropout while it speaks
         if num_beams > 1:
-            return beam_search(self, prompts, max_new_tokens, num_beams)
-        return sample(self, prompts, max_new_tokens, temperature, top_p, seed)
+            new = beam_search(self, prompts, max_new_tokens, num_beams)
+        else:
+            new = sample(self, prompts, max_new_tokens, temperature, top_p, seed)
+        self.train(training)
+        return new
 
 
 def visible_keys(start: int, end: int, attention_mask, device) -> torch.Tensor:
@@ -494,8 +499,11 @@ def beam_search(model, prompts, max_new_tokens, num_beams, length_penalty=1.0) -
 
 
 def main():
-    folder = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent / "data" / "tiny_olmoe")
-    config = Config.from_folder(folder)
+    folder = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "data" / "tiny_olmoe"
+    try:
+        config = Config.from_folder(folder)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     with torch.device("meta"):
         model = MoETransformer(config)
     print(json.dumps(config.to_dict(), indent=2))

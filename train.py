@@ -23,9 +23,11 @@ A step depends on the seed and its own number only (data order, dropout), so a r
 import argparse
 import itertools
 import json
+import os
 import random
 import shutil
 import sys
+import textwrap
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -78,16 +80,16 @@ APPLIES = {
 }
 # Defaults that differ by variant, for the embedded model: the best learning rate of a sweep on kinship_new (README).
 RECIPES = {
-    "perft_s": {"lr": 5e-3},
-    "perft_d": {"lr": 5e-3},
-    "perft_r": {"lr": 5e-3},
-    "perft_e": {"lr": 5e-3},
-    "esft_token": {"lr": 2e-3},
-    "esft_gate": {"lr": 2e-3},
-    "lora_qv": {"lr": 5e-3},
+    "perft_s": {"lr": 1e-3},
+    "perft_d": {"lr": 3e-4},
+    "perft_r": {"lr": 1e-3},
+    "perft_e": {"lr": 1e-3},
+    "esft_token": {"lr": 3e-3},
+    "esft_gate": {"lr": 3e-3},
+    "lora_qv": {"lr": 3e-3},
     "router": {"lr": 5e-3},
-    "frozen_experts": {"lr": 1e-3},
-    "full": {"lr": 1e-3},
+    "frozen_experts": {"lr": 3e-4},
+    "full": {"lr": 1e-4},
     "scratch": {"lr": 3e-3, "steps": 8000, "batch_size": 96, "warmup": 200, "weight_decay": 0.1, "beta2": 0.98},
 }
 
@@ -100,7 +102,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     group = parser.add_argument_group("model and task")
     add = group.add_argument
-    add("--base", default=TINY, metavar="DIR", help="model folder (data/tiny_olmoe)")
+    add("--base", metavar="DIR", help="model folder (data/tiny_olmoe)")
     tasks = [*skills.TARGETS, *skills.FAMILIES]
     add("--task", choices=tasks, metavar="NAME", help=f"what to learn ({skills.DEFAULT_TARGET}): {', '.join(tasks)}")
     add("--train_rows", type=count, metavar="N", help="draws of the task that training cycles through (4000)")
@@ -164,20 +166,25 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def fill_defaults(parser, args):
     """What was not given and applies: the values that will be in force, so that the configuration says them."""
-    applies = APPLIES[args.variant]
+    applies, given = APPLIES[args.variant], {flag for flag, value in vars(args).items() if value is not None}
     kind = "token" if args.variant == "esft_token" else "gate_share" if args.gate_share else "gate"
     defaults = {"task": skills.DEFAULT_TARGET, "train_rows": 4000, "score_rows": 500, "bind_groups": 1,
                 "p": {"token": 0.2, "gate": 0.1, "gate_share": 0.25}[kind]}  # fmt: skip
     if args.variant in (*PERFT, *BASELINES):
-        given = {k: v for k, v in vars(args).items() if k in PerftConfig.__dataclass_fields__ and v is not None}
-        given.pop("experts", None)  # a file name still
+        options = given & PerftConfig.__dataclass_fields__.keys() - {"experts"}  # that is a file name still
         try:
-            defaults |= asdict(PerftConfig(**given))
+            defaults |= asdict(PerftConfig(**{name: getattr(args, name) for name in options}))
         except ValueError as error:
             parser.error(str(error))
     for flag in applies & defaults.keys():
         if getattr(args, flag) is None:
             setattr(args, flag, defaults[flag])
+    if args.kind == "parallel" and "alpha" in given:
+        parser.error("--alpha does not apply to --kind parallel, which has no scale")
+    if args.variant in ESFT and args.experts not in (None, "random"):
+        if chosen_by := [flag for flag in ("p", "bind_groups", "gate_share") if flag in given]:
+            parser.error(f"--{chosen_by[0]} does not apply: the choice is that of --experts {args.experts}")
+        args.p = args.bind_groups = None
     if args.variant == "perft_e" and args.experts == "random":
         parser.error("--experts random is a control for esft_token and esft_gate; perft_e takes a file")
     if args.variant in ("scratch", "full", "frozen_experts") and args.dtype != "float32":
@@ -195,7 +202,9 @@ def check_run_folder(parser, args):
         parser.error("--resume and --overwrite: choose one")
     if args.resume and not unfinished:
         parser.error(f"{out} holds no unfinished run to resume (no state.safetensors); drop --resume")
-    if (out / "config.json").exists() and not (args.resume or args.overwrite):
+    if (out / "config.json").exists() and not (out / "metrics.jsonl").exists():
+        parser.error(f"{out} holds files that are not of a run (a model folder?); choose another --out")
+    if (out / "metrics.jsonl").exists() and not (args.resume or args.overwrite):
         go_on = "continue it with --resume, " if unfinished else ""
         parser.error(f"{out} already holds a run: {go_on}replace it with --overwrite, or choose another --out")
 
@@ -258,18 +267,25 @@ def make_optimizer(model, args) -> torch.optim.AdamW:
 class InertCheck:
     """Attached, listed, stepped, and inert is the commonest silent failure: every trainable tensor must get a gradient.
 
-    Two steps are watched, since A has none at the first one if B starts at 0.
+    Two steps are watched, since A has none at the first one if B starts at 0. A layer whose chosen experts no token
+    reached in them is excused.
     """
 
     def __init__(self, model):
         self.silent = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.chosen = getattr(getattr(model, "adapter_config", None), "experts", None) or []
+        self.reached = [False] * len(self.chosen)
 
-    def watch(self):
+    def watch(self, routings: list[Routing]):
         self.silent = {n: p for n, p in self.silent.items() if p.grad is None or not p.grad.any()}
+        for i, ids in enumerate(self.chosen):
+            self.reached[i] |= not set(ids).isdisjoint(routings[i].selected_experts.unique().tolist())
 
     def verdict(self, expected: str | None):
         """ValueError naming the tensors still without one; names that contain `expected` were warned about before."""
-        silent = [name for name in self.silent if expected is None or expected not in name]
+        excused = [f"layers.{i}." for i, reached in enumerate(self.reached) if not reached]
+        excused += [expected] if expected else []
+        silent = [name for name in self.silent if not any(part in name for part in excused)]
         if silent:
             raise ValueError(f"{len(silent)} trainable tensors had no gradient in two steps: {', '.join(silent[:3])}; "
                              "attached but inert. Is the learning rate 0, or does no token reach these adapters?")
@@ -320,13 +336,12 @@ class Log:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
 
-
-def accuracy_line(when: str, args, accuracy: dict[str, float]) -> str:
-    """Two lines: the task, and how much of the pre-training families is still there."""
-    families = [f"{name} {100 * accuracy[name]:.0f}" for name in skills.FAMILIES]
-    task = f"{args.task} {100 * accuracy[args.task]:.1f} %, " if args.task in accuracy else ""
-    return (f"accuracy {when}: {task}pre-training families {100 * kept(accuracy, args.task):.1f} % (mean)\n"
-            f"    {' '.join(families)}")  # fmt: skip
+    def accuracy(self, when: str, accuracy: dict[str, float], args):
+        """Two lines: the task, and how much of the pre-training families is still there."""
+        families, mean = [f"{name} {100 * accuracy[name]:.0f}" for name in skills.FAMILIES], kept(accuracy, args.task)
+        task = f"{args.task} {100 * accuracy[args.task]:.1f} %, " if args.task else ""
+        text = f"accuracy {when}: {task}pre-training families {100 * mean:.1f} % (mean)\n    {' '.join(families)}"
+        self.write(text, event=when, accuracy=accuracy, kept=mean)
 
 
 def kept(accuracy: dict[str, float], task: str) -> float:
@@ -341,7 +356,7 @@ def kept(accuracy: dict[str, float], task: str) -> float:
 def build(args):
     """The model with what trains, ready to train, the tokenizer, what to print of it, what to write of it."""
     model, tokenizer = load_base(args.base, args.dtype, args.device, random_weights=args.variant == "scratch")
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)
     if args.variant == "scratch":
         model.init_weights()
         model.requires_grad_(True)
@@ -364,12 +379,14 @@ def build_esft(args, model, tokenizer):
     cuts = [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]
     usage = esft.collect(model, (pad_batch(cut, tokenizer.pad_id, args.device) for cut in cuts))
     scores = esft.expert_scores(*usage, model.config.num_experts_per_tok, kind)
-    chosen, notes = esft.select_experts(scores, args.p, args.bind_groups), esft.warnings_for(scores, args.p)
-    if args.experts == "random":
-        chosen = esft.random_experts(chosen, model.config.num_experts, args.seed)
-    elif args.experts:
-        chosen, notes = esft.read_choice(args.experts, model.config).experts, []
-    esft.apply_esft(model, chosen, train_router=bool(args.train_router))
+    if args.experts not in (None, "random"):
+        choice, notes = esft.read_choice(args.experts, model.config), []
+    else:
+        chosen, notes = esft.select_experts(scores, args.p, args.bind_groups), esft.warnings_for(scores, args.p)
+        if args.experts == "random":
+            chosen = esft.random_experts(chosen, model.config.num_experts, args.seed)
+        choice = esft.EsftConfig(chosen)
+    esft.apply_esft(model, choice.experts, bool(args.train_router) or choice.train_router, choice.train_non_experts)
     notes = [*(f"warning: {note}" for note in notes), esft.report(model, usage)]
     how = {"task": args.task, "kind": kind, "p": args.p, "experts": args.experts or "by score"}
     return model, tokenizer, notes, lambda folder: esft.save_scores(model, folder, usage, scores, **how)
@@ -384,33 +401,31 @@ def train(args):
     if args.variant == "perft_r" and args.adapter_balance is None:
         args.adapter_balance = model.config.router_aux_loss_coef
     optimizer = make_optimizer(model, args)
-    config = {**vars(args), "torch": torch.__version__, "base_config": model.config.to_dict()}
+    base = os.path.abspath(args.base) if args.base else None  # a path that holds from everywhere
+    config = {**vars(args), "base": base, "torch": torch.__version__, "base_config": model.config.to_dict()}
     if args.resume:
         check_same_run(read_json(out / "config.json"), config)
         read_safetensors(out / "state.safetensors", state_tensors(model, optimizer))
     first = steps_done(optimizer)
-    out.mkdir(parents=True, exist_ok=True)
+
+    settings = " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None and v is not False)
+    print(textwrap.fill(f"configuration: {settings}", 110, subsequent_indent="    ", break_on_hyphens=False))
+    print("\n".join([*notes, report(model)]))
+    names = [*([] if scratch else [args.task]), *skills.FAMILIES]
+    before = None if args.resume else accuracies(model, tokenizer, names, args.eval_rows, args.task)
+
+    out.mkdir(parents=True, exist_ok=True)  # from here on files are written, and a run that is replaced is lost
     log = Log(out / "metrics.jsonl", first if args.resume else None)
     if not args.resume:
         for old in ("state.safetensors", *TRAINED_FILES):
-            (out / old).unlink(missing_ok=True)  # of the run that --overwrite replaces
+            (out / old).unlink(missing_ok=True)
         write_scores(out)
         write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-
-    print("configuration: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None and v is not False))
-    print("\n".join([*notes, report(model)]))
-    names = [*([] if scratch else [args.task]), *skills.FAMILIES]
-
-    def measure(when):
-        accuracy = accuracies(model, tokenizer, names, args.eval_rows, args.task)
-        log.write(accuracy_line(when, args, accuracy), event=when, accuracy=accuracy, kept=kept(accuracy, args.task))
-
-    if not args.resume:
-        measure("before")
+        log.accuracy("before", before, args)
     run_steps(args, model, tokenizer, optimizer, first, log)
     if scratch:
         model.save_pretrained(out / "model", torch.bfloat16)
-        for file in Path(args.base).glob("tokenizer*.json"):
+        for file in Path(args.base or TINY).glob("tokenizer*.json"):
             shutil.copy(file, out / "model")
         saved = out / "model" / "model.safetensors"
         read_back = MoETransformer.from_pretrained(out / "model", device=args.device)
@@ -421,7 +436,7 @@ def train(args):
     else:
         save_adapter(model, out)
         saved = out / "adapter_model.safetensors"
-    measure("after")
+    log.accuracy("after", accuracies(model, tokenizer, names, args.eval_rows, args.task), args)
     (out / "state.safetensors").unlink(missing_ok=True)
     size = saved.stat().st_size
     log.write(f"saved {saved} ({size:,} bytes)", event="saved", file=str(saved), bytes=size)
@@ -438,7 +453,7 @@ def run_steps(args, model, tokenizer, optimizer, first: int, log: Log):
     print("  step cross-entropy  balance        lr grad norm  tokens/s    memory   load")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None, leave=False)
     for step in bar:
-        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout: the step's own, however often the run was stopped
+        torch.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # dropout: the step's own, resumed or not
         input_ids, labels, mask = next(data)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -452,7 +467,7 @@ def run_steps(args, model, tokenizer, optimizer, first: int, log: Log):
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
         if step < first + 2:
-            inert.watch()
+            inert.watch(output.routings)
         optimizer.step()
         optimizer.zero_grad()
         tokens += int(mask.sum())
@@ -460,9 +475,10 @@ def run_steps(args, model, tokenizer, optimizer, first: int, log: Log):
             inert.verdict("adapters.router" if warned else None)
 
         done = step + 1
-        if done % args.log_every == 0 or done == args.steps:
-            if not torch.isfinite(loss):
-                raise ValueError(f"step {done}: the loss is {loss.item()}; try a lower --lr (it is {args.lr})")
+        log_now, save_now = done % args.log_every == 0 or done == args.steps, done % args.save_every == 0
+        if (log_now or save_now) and not torch.isfinite(loss):
+            raise ValueError(f"step {done}: the loss is {loss.item()}; try a lower --lr (it is {args.lr})")
+        if log_now:
             load = [expert_load(routing, mask).tolist() for routing in output.routings]
             record = {
                 "cross_entropy": output.loss.item(),
@@ -482,7 +498,7 @@ def run_steps(args, model, tokenizer, optimizer, first: int, log: Log):
                 line += f"   adapters: balance {record['adapter_balance']:.3f}"
             log.write(line, event="step", step=done, **record, expert_load=load)
             tokens, since = 0, time.perf_counter()
-        if done % args.save_every == 0 and done < args.steps:
+        if save_now and done < args.steps:
             write_safetensors(Path(args.out) / "state.safetensors", state_tensors(model, optimizer))
     model.eval()
 

@@ -174,6 +174,20 @@ def load_checkpoint(folder: str | Path, places: dict[str, torch.Tensor]):
 
 
 def copy_all(source, files, names, places):
+    check_all(source, files, names, places)
+    total = sum(place.nbytes for place in places.values())
+    large = total > SHOW_PROGRESS_FROM
+    if large and not sys.stderr.isatty():
+        print(f"loading {total / 1e9:.1f} GB from {source} ...", file=sys.stderr, flush=True)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=None if large else True) as bar:
+        for file in files:
+            for name in file:
+                places[name].copy_(file[name])
+                bar.update(places[name].nbytes)
+                file.forget()
+
+
+def check_all(source, files, names, places):
     missing, extra = sorted(places.keys() - set(names)), sorted(set(names) - places.keys())
     if missing:
         raise ValueError(f"{source}: {len(missing)} tensors are missing: {some(missing)}; is it complete, and "
@@ -188,16 +202,6 @@ def copy_all(source, files, names, places):
             if list(places[name].shape) != file.entries[name]["shape"]:
                 raise ValueError(f"{file.path}: tensor {name!r} has shape {file.entries[name]['shape']}, the model has "
                                  f"{list(places[name].shape)}")  # fmt: skip
-    total = sum(place.nbytes for place in places.values())
-    large = total > SHOW_PROGRESS_FROM
-    if large and not sys.stderr.isatty():
-        print(f"loading {total / 1e9:.1f} GB from {source} ...", flush=True)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=None if large else True) as bar:
-        for file in files:
-            for name in file:
-                places[name].copy_(file[name])
-                bar.update(places[name].nbytes)
-                file.forget()
 
 
 def some(names: list[str], most: int = 3) -> str:
@@ -205,10 +209,11 @@ def some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def read_safetensors(path: str | Path, places: dict[str, torch.Tensor]):
-    """Copy the tensors of one file into their places, every one exactly once; errors as in `load_checkpoint`."""
+def read_safetensors(path: str | Path, places: dict[str, torch.Tensor], check_only=False):
+    """Copy the tensors of one file into their places, every one exactly once; errors as in `load_checkpoint`.
+    check_only: find the errors and copy nothing (then the places may be on the meta device)."""
     file = SafetensorsFile(path)
-    copy_all(path, [file], list(file), places)
+    (check_all if check_only else copy_all)(path, [file], list(file), places)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -246,5 +251,8 @@ def write_atomically(path: str | Path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        hint = "is the disk full, or the folder read-only?"
+        raise OSError(f"{path}: could not be written ({error.strerror or error}); {hint}") from None
     finally:
         temporary.unlink(missing_ok=True)  # gone by now unless something failed

@@ -1,7 +1,7 @@
 """The embedded world: twelve small skills a 3 M parameter MoE can learn on one CPU core, and four it has never seen.
 
 Fine-tuning is only worth reading about if there is a pre-trained model to fine-tune. This file generates the text of a
-world small enough to be learnt from scratch in under an hour, and varied enough that the router has something to route:
+world small enough to be learnt from scratch in about an hour, and varied enough that the router has something to route:
 every family has its own keyword, words and rule, so experts can specialise. A row is a prompt and an answer, here with
 a bar between them:
 

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -584,6 +586,70 @@ def test_export_writes_into_a_new_or_empty_folder_only(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["base_of_the_run", "base_named"])
+def test_the_export_command_writes_a_folder_that_transformers_loads_with_the_same_logits(named, tmp_path, capsys):
+    """The base is the run's own unless one is named. Next to the model lie the base's tokenizer files."""
+    transformers = pytest.importorskip("transformers")
+    make_model().save_pretrained(tmp_path / "base", torch.float32)
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    model = train(apply_esft(make_model(), CHOSEN), 5)
+    save(model, tmp_path / "run")
+    base = tmp_path / "base"
+    settings = {"base": str(tmp_path / "nowhere" if named else base), "dtype": "float32"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    esft.command(["export", str(tmp_path / "run"), str(tmp_path / "new"), *([str(base)] if named else [])])
+    size = (tmp_path / "new" / "model.safetensors").stat().st_size
+    line = f"wrote {tmp_path / 'new'}: {base} with 5 of 12 experts replaced, {size:,} bytes\n"
+    assert capsys.readouterr().out == line and (tmp_path / "new" / "tokenizer.json").read_text() == "{}"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()
+    assert gap(logits(model), theirs(IDS).logits.detach()) < 1e-5
+    assert torch.equal(logits(MoETransformer.from_pretrained(tmp_path / "new")), logits(model))
+
+
+@pytest.mark.parametrize("config", [None, {}, {"base": None}], ids=["no_config", "no_base", "null"])
+def test_the_export_command_takes_the_embedded_base_where_the_run_names_none(config, tmp_path):
+    import eval
+
+    if not Path(eval.TINY, "model.safetensors").is_file():
+        pytest.skip(f"{eval.TINY}/model.safetensors is absent")
+    save(apply_esft(MoETransformer.from_pretrained(eval.TINY), [[7], [0], [31], [2]]), tmp_path / "run")
+    if config is not None:
+        (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert "4 of 128 experts" in esft.export_run(tmp_path / "run", tmp_path / "new")
+    files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in (tmp_path / "new").iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    "argv", [["train"], ["export"], ["export", "run"], ["export", "a", "b", "c", "d"], ["--help"]], ids=" ".join
+)
+def test_wrong_usage_of_the_command_prints_the_usage_and_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        esft.command(argv)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == ""
+    assert printed.err == "usage: python esft.py [export RUN_FOLDER NEW_FOLDER [BASE]]\n"
+
+
+def test_what_cannot_be_exported_is_an_error_in_one_line_and_exits_with_1(tmp_path):
+    """No run, no base, a folder that is in use, no such dtype; and the exit code of a process."""
+    make_model().save_pretrained(tmp_path / "base", torch.float32)
+    save(apply_esft(make_model(), CHOSEN), tmp_path / "run")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"dtype": "float8"}')
+    for folders, message in [
+        (("nothing", "new", "base"), "no such file"),
+        (("run", "new", "nowhere"), "nowhere"),
+        (("run", "base", "base"), "already exists and is not an empty folder"),
+        (("odd", "new", "base"), "float8"),
+    ]:
+        with pytest.raises(SystemExit, match=rf"^error: .*{message}") as stop:
+            esft.command(["export", *(str(tmp_path / folder) for folder in folders)])
+        assert "\n" not in stop.value.code and not (tmp_path / "new").exists()
+    out = subprocess.run([sys.executable, "esft.py", "export", "a", "b"], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 1 and out.stderr.startswith("error: ") and out.stderr.count("\n") == 1
+
+
 def edited(tmp_path, change):
     """A saved folder whose expert_cfg.json was changed by hand."""
     save(apply_esft(make_model(), CHOSEN), tmp_path)
@@ -656,12 +722,12 @@ def test_the_heat_map_is_an_svg_with_a_cell_an_expert_and_the_chosen_outlined(tm
 
 def test_the_lesson_prints_or_says_in_one_line_what_is_missing(capsys):
     if (ROOT / "data" / "tiny_olmoe" / "model.safetensors").is_file():
-        esft.main()
+        esft.command([])
         printed = capsys.readouterr().out
         assert "Overlap: experts chosen for both" in printed and "ESFT for kinship" in printed
     else:
         with pytest.raises(SystemExit, match=r"^error: .*tiny_olmoe.*") as stop:
-            esft.main()
+            esft.command([])
         assert "\n" not in str(stop.value)
 
 

@@ -1,5 +1,6 @@
 """What the README says is so: its commands run, its numbers are those of the code, its links lead somewhere."""
 
+import csv
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ import torch
 
 import perft
 import train
+from data import skills
 from model import Config, MoETransformer, active_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,3 +166,26 @@ def test_the_options_of_each_variant_are_those_it_takes():
         if cell.startswith("also") or "perft_s" in cell:
             told[variant] |= told["perft_s"]
     assert told == {variant: set(train.APPLIES[variant]) - train.DATA for variant in train.VARIANTS}
+
+
+def test_the_results_are_the_means_and_ranges_of_the_runs():
+    """Each row of the results table against assets/results.csv: the rate that was run with three seeds."""
+    names = {
+        "perft_s": "PERFT-S", "perft_d": "PERFT-D (M = 4)", "perft_r": "PERFT-R (Top2/4)", "perft_e": "PERFT-E",
+        "esft_token": "ESFT-token", "esft_gate": "ESFT-gate", "esft_token random": "ESFT-token, random experts",
+        "lora_qv": "q,v LoRA", "full": "full",
+    }  # fmt: skip
+    with open(ROOT / "assets" / "results.csv", encoding="utf-8") as file:
+        runs = [run for run in csv.DictReader(file) if run["task"] == skills.DEFAULT_TARGET]
+    for method, name in names.items():
+        mine = [run for run in runs if run["method"] == method]
+        (lr,) = {run["lr"] for run in mine if run["seed"] == "2"}
+        (row,) = re.findall(rf"^\| {re.escape(name)} \| (\S+) \| \S+ \| (.*?) \| (.*?) \|$", README, re.M)
+        assert float(row[0]) == float(lr)
+        for told, key in zip(row[1:], ("target", "kept")):
+            values = [100 * float(run[key]) for run in mine if run["lr"] == lr]
+            assert len(values) == 3
+            assert told == f"{sum(values) / 3:.1f} ({min(values):.1f} to {max(values):.1f})"
+        best = max(float(run["target"]) for run in mine if run["seed"] == "0")
+        good = [run for run in mine if run["seed"] == "0" and float(run["target"]) >= best - 0.005]
+        assert lr == max(good, key=lambda run: float(run["kept"]))["lr"], "the rule by which a rate was chosen"
