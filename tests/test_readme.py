@@ -25,10 +25,11 @@ QUICK = {"train.py": "--steps 2 --eval_rows 5 --threads 1 --overwrite".split()} 
 
 
 def commands(text):
-    """The python commands of a page's code blocks, in order, without those about folders that the reader has."""
+    """The python commands of a page's code blocks, in order, without those about folders that the reader has, and
+    without the benchmark, which takes minutes."""
     lines = [line.split("#")[0] for _, block in BLOCK.findall(text) for line in block.splitlines()]
     parts = [part.strip() for line in lines for part in line.split("&&")]
-    return [part for part in parts if part.startswith("python ") and "path/to/" not in part]
+    return [part for part in parts if part.startswith("python ") and "path/to/" not in part and "bench" not in part]
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_the_screen_tells_the_run_in_order_and_the_files_hold_its_numbers(run, c
 def test_the_configuration_shows_every_setting_in_force_also_those_that_are_0_or_a_default(run, capsys):
     """Someone who reads the screen, or config.json, can repeat the run: against the values the flags and code have."""
     folder = run("perft_r", "--dropout", 0, "--lr", 5e-3)
-    shown = dict(re.findall(r"(\w+)=(\S+)", capsys.readouterr().out.splitlines()[0]))
+    shown = dict(re.findall(r"(\w+)=(\S+)", capsys.readouterr().out.split("\nmodule")[0]))
     config = json.loads((folder / "config.json").read_text())
     in_force = {
         "variant": "perft_r", "task": "kinship_new", "seed": 0, "steps": 4, "batch_size": 8, "lr": 5e-3,
