@@ -78,7 +78,8 @@ APPLIES = {
     "full": DATA,
     "scratch": set(),
 }
-# Defaults that differ by variant, for the embedded model: the best learning rate of a sweep on kinship_new (README).
+# Defaults that differ by variant, for the embedded model: the best learning rate of the grids in assets/results.csv
+# (router, frozen_experts and scratch: one try each, not a grid).
 RECIPES = {
     "perft_s": {"lr": 1e-3},
     "perft_d": {"lr": 3e-4},
