@@ -423,7 +423,7 @@ def main():
         scores = expert_scores(*usages[name], K)
         choices[name], half = select_experts(scores, 0.2), select_experts(scores, 0.5)
         layers = [" ".join(map(str, [*ids, "|", *more[len(ids) :]])) for ids, more in zip(choices[name], half)]
-        print(f"  {name:10}", *(f"{layer:24}" for layer in layers))
+        print(f"  {name:10}", *(f"{layer:34}" for layer in layers))
 
     print("\nOverlap: experts chosen for both, % of those chosen for either, mean of the layers")
     print(" " * 12 + " ".join(f"{name[:6]:>6}" for name in choices))

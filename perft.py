@@ -266,7 +266,7 @@ class Trained(NamedTuple):
 
     module: str  # with * for the layer
     count: int
-    shape: tuple[int, ...]  # of the first one
+    shape: str  # 1x16x128; 2..4x96x128 where the layers differ
     parameters: int
     activated: int  # of them, those that one token meets
 
@@ -280,7 +280,9 @@ def what_trains(model: MoETransformer) -> list[Trained]:
     rows = []
     for name, ps in groups.items():
         met = sum(p.numel() * share_met(model, name, p) for p in ps)
-        rows.append(Trained(name, len(ps), tuple(ps[0].shape), sum(p.numel() for p in ps), round(met)))
+        first, last = min(len(p) for p in ps), max(len(p) for p in ps)
+        shape = "x".join(map(str, (first if first == last else f"{first}..{last}", *ps[0].shape[1:])))
+        rows.append(Trained(name, len(ps), shape, sum(p.numel() for p in ps), round(met)))
     return rows
 
 
@@ -299,13 +301,13 @@ def report(model: MoETransformer) -> str:
     rows = what_trains(model)
     need(rows, "nothing trains: no parameter has requires_grad")
     sums = {key: sum(getattr(row, key) for row in rows) for key in ("count", "parameters", "activated")}
-    rows.append(Trained("all that trains", shape=(), **sums))
+    rows.append(Trained("all that trains", shape="", **sums))
     with torch.device("meta"):  # the base by itself, whatever was attached to this one
         total = sum(p.numel() for p in MoETransformer(model.config).parameters())
     active = active_parameters(model)
     lines = [f"{'module':40} {'count':>5} {'shape':>16} {'parameters':>13} {'% total':>8} {'% active':>8}"]
     for module, count, shape, parameters, activated in rows:
-        lines.append(f"{module:40} {count:5} {'x'.join(map(str, shape)):>16} {parameters:13,} "
+        lines.append(f"{module:40} {count:5} {shape:>16} {parameters:13,} "
                      f"{100 * parameters / total:8.3f} {100 * activated / active:8.3f}")  # fmt: skip
     return "\n".join(lines + [f"base model: {total:,} parameters, {active:,} active for a token"])
 

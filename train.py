@@ -87,7 +87,7 @@ RECIPES = {
     "perft_e": {"lr": 1e-3},
     "esft_token": {"lr": 3e-3},
     "esft_gate": {"lr": 3e-3},
-    "lora_qv": {"lr": 3e-3},
+    "lora_qv": {"lr": 2e-3},
     "router": {"lr": 5e-3},
     "frozen_experts": {"lr": 3e-4},
     "full": {"lr": 1e-4},
@@ -340,9 +340,10 @@ class Log:
     def accuracy(self, when: str, accuracy: dict[str, float], args):
         """Two lines: the task, and how much of the pre-training families is still there."""
         families, mean = [f"{name} {100 * accuracy[name]:.0f}" for name in skills.FAMILIES], kept(accuracy, args.task)
+        without = f", without {skills.PARENT[args.task]}" if args.task in skills.PARENT else ""
         task = f"{args.task} {100 * accuracy[args.task]:.1f} %, " if args.task else ""
-        text = f"accuracy {when}: {task}pre-training families {100 * mean:.1f} % (mean)\n    {' '.join(families)}"
-        self.write(text, event=when, accuracy=accuracy, kept=mean)
+        text = f"accuracy {when}: {task}pre-training families {100 * mean:.1f} % (mean{without})"
+        self.write(f"{text}\n    {' '.join(families)}", event=when, accuracy=accuracy, kept=mean)
 
 
 def kept(accuracy: dict[str, float], task: str) -> float:

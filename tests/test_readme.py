@@ -170,7 +170,7 @@ def test_the_options_of_each_variant_are_those_it_takes():
 
 
 def test_the_results_are_the_means_and_ranges_of_the_runs():
-    """Each row of the results table against assets/results.csv: the rate that was run with three seeds."""
+    """Each row of the results table against assets/results.csv: three seeds at the best rate of seed 0."""
     names = {
         "perft_s": "PERFT-S", "perft_d": "PERFT-D (M = 4)", "perft_r": "PERFT-R (Top2/4)", "perft_e": "PERFT-E",
         "esft_token": "ESFT-token", "esft_gate": "ESFT-gate", "esft_token random": "ESFT-token, random experts",
@@ -180,13 +180,12 @@ def test_the_results_are_the_means_and_ranges_of_the_runs():
         runs = [run for run in csv.DictReader(file) if run["task"] == skills.DEFAULT_TARGET]
     for method, name in names.items():
         mine = [run for run in runs if run["method"] == method]
-        (lr,) = {run["lr"] for run in mine if run["seed"] == "2"}
+        best = max(float(run["target"]) for run in mine if run["seed"] == "0")
+        good = [run for run in mine if run["seed"] == "0" and float(run["target"]) >= best - 0.005]
+        lr = max(good, key=lambda run: float(run["kept"]))["lr"]  # the rule that the page gives
         (row,) = re.findall(rf"^\| {re.escape(name)} \| (\S+) \| \S+ \| (.*?) \| (.*?) \|$", README, re.M)
         assert float(row[0]) == float(lr)
         for told, key in zip(row[1:], ("target", "kept")):
             values = [100 * float(run[key]) for run in mine if run["lr"] == lr]
             assert len(values) == 3
             assert told == f"{sum(values) / 3:.1f} ({min(values):.1f} to {max(values):.1f})"
-        best = max(float(run["target"]) for run in mine if run["seed"] == "0")
-        good = [run for run in mine if run["seed"] == "0" and float(run["target"]) >= best - 0.005]
-        assert lr == max(good, key=lambda run: float(run["kept"]))["lr"], "the rule by which a rate was chosen"
