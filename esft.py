@@ -40,7 +40,6 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -50,9 +49,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoint import SafetensorsFile, read_json, read_safetensors, write_safetensors, write_text
+from data.report import heat_map, what_trains
 from model import Config, MoETransformer, hub_tensors
 from moe import Experts, Routing, can_group, experts_grouped, experts_loop
-from perft import fingerprint, need, what_trains
+from perft import fingerprint, need
 
 CONFIG, WEIGHTS, PICTURES = "expert_cfg.json", "expert_weights.safetensors", ("scores.json", "scores.svg")
 
@@ -372,38 +372,6 @@ def save_scores(model: MoETransformer, folder: str | Path, usage: Usage, scores:
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_text(Path(folder) / "scores.json", json.dumps(content, default=torch.Tensor.tolist) + "\n")
     write_text(Path(folder) / "scores.svg", heat_map(scores, chosen, ", ".join(f"{k} {v}" for k, v in how.items())))
-
-
-STYLE = """<style>
-text { font: 11px sans-serif; fill: #555 } rect { fill: #0072b2; stroke: #888; stroke-width: 0.3 }
-.chosen, .key { fill: none; stroke: #e07b00; stroke-width: 2 }
-@media (prefers-color-scheme: dark) { text { fill: #bbb } .cell, .step { fill: #56b4e9 } }
-</style>"""
-
-
-def heat_map(scores: torch.Tensor, chosen: list[list[int]], title="expert scores") -> str:
-    """An SVG: a row a layer, a column an expert, the score as opacity (it suits dark pages); the chosen outlined."""
-    (L, E), largest = scores.shape, scores.max().item() or 1.0
-
-    def rect(kind, column, row, opacity=0.0, about=""):
-        place = f'x="{50 + 14 * column}" y="{50 + 14 * row}" width="14" height="14"'
-        return f'<rect class="{kind}" {place} fill-opacity="{opacity:.3f}"><title>{about}</title></rect>'
-
-    def text(column, row, words, anchor="middle"):
-        place = f'x="{50 + 14 * column:g}" y="{50 + 14 * row:g}"'
-        return f'<text {place} text-anchor="{anchor}">{escape(str(words))}</text>'
-
-    parts = [text(0, -2.5, title, "start"), text(E / 2, -1.3, "expert"), text(-0.5, -0.3, "layer", "end")]
-    parts += [text(e + 0.5, -0.3, e) for e in range(0, E, 1 if E <= 8 else 4)]
-    for i, layer in enumerate(scores.tolist()):
-        parts.append(text(-0.5, i + 0.8, i, "end"))
-        parts += [rect("cell", e, i, s / largest, f"layer {i}, expert {e}: {s:.4f}") for e, s in enumerate(layer)]
-    parts += [rect("chosen", e, i) for i, ids in enumerate(chosen) for e in ids]
-    parts += [text(-0.5, L + 1.8, "0", "end"), *(rect("step", i, L + 1, i / 8) for i in range(9))]  # the legend
-    parts += [text(9.5, L + 1.8, f"{largest:.4f}", "start"), text(15.5, L + 1.8, "chosen: these train", "start")]
-    parts.append(rect("key", 14, L + 1))
-    size = f'width="{60 + 14 * max(E, 26)}" height="{90 + 14 * L}"'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', STYLE, *parts, "</svg>\n"])
 
 
 # The lesson ----------------------------------------------------------------------------------------------------------

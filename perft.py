@@ -41,16 +41,16 @@ Against the authors' code: its adapters draw a dropout mask each, here they shar
 import hashlib
 import json
 import math
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoint import read_json, read_safetensors, write_safetensors, write_text
+from data.report import report as report
+from data.report import what_trains
 from model import Config, MoETransformer, active_parameters
 from moe import MoE, Router, Routing
 
@@ -256,60 +256,6 @@ def warnings_for(config: PerftConfig, base: Config) -> list[str]:
     if config.top_k == 1 and (base.norm_topk_prob or config.num_adapters == 1):
         return ["top_k 1 and a weight that is always 1: the adapter router has no gradient from the task"]
     return []
-
-
-# Counting ------------------------------------------------------------------------------------------------------------
-
-
-class Trained(NamedTuple):
-    """One line of the table of what trains: the same parameter of every layer."""
-
-    module: str  # with * for the layer
-    count: int
-    shape: str  # 1x16x128; 2..4x96x128 where the layers differ
-    parameters: int
-    activated: int  # of them, those that one token meets
-
-
-def what_trains(model: MoETransformer) -> list[Trained]:
-    """The trainable parameters, one line a kind."""
-    groups: dict[str, list[nn.Parameter]] = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(p)
-    rows = []
-    for name, ps in groups.items():
-        met = sum(p.numel() * share_met(model, name, p) for p in ps)
-        first, last = min(len(p) for p in ps), max(len(p) for p in ps)
-        shape = "x".join(map(str, (first if first == last else f"{first}..{last}", *ps[0].shape[1:])))
-        rows.append(Trained(name, len(ps), shape, sum(p.numel() for p in ps), round(met)))
-    return rows
-
-
-def share_met(model: MoETransformer, name: str, p: nn.Parameter) -> float:
-    """The share of a parameter that one token meets: at most K of the experts (adapters) that are stacked in it."""
-    variant = getattr(getattr(model, "adapter_config", None), "variant", "")
-    if ".adapters." in name and name[-1] in "AB" and variant == "perft_r":
-        return model.adapter_config.top_k / len(p)
-    if ".experts." in name or (".adapters." in name and variant == "perft_e"):
-        return min(model.config.num_experts_per_tok, len(p)) / len(p)
-    return 1.0
-
-
-def report(model: MoETransformer) -> str:
-    """The table of what trains; ValueError if nothing does."""
-    rows = what_trains(model)
-    need(rows, "nothing trains: no parameter has requires_grad")
-    sums = {key: sum(getattr(row, key) for row in rows) for key in ("count", "parameters", "activated")}
-    rows.append(Trained("all that trains", shape="", **sums))
-    with torch.device("meta"):  # the base by itself, whatever was attached to this one
-        total = sum(p.numel() for p in MoETransformer(model.config).parameters())
-    active = active_parameters(model)
-    lines = [f"{'module':40} {'count':>5} {'shape':>16} {'parameters':>13} {'% total':>8} {'% active':>8}"]
-    for module, count, shape, parameters, activated in rows:
-        lines.append(f"{module:40} {count:5} {shape:>16} {parameters:13,} "
-                     f"{100 * parameters / total:8.3f} {100 * activated / active:8.3f}")  # fmt: skip
-    return "\n".join(lines + [f"base model: {total:,} parameters, {active:,} active for a token"])
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
