@@ -1,8 +1,8 @@
 """Fine-tune a Mixture-of-Experts model: one visible loop for every method, and for training the embedded base itself.
 
-    python train.py --variant perft_s                      the embedded base learns sixteen new words: minutes on a CPU
+    python train.py --variant perft_s                      the embedded base learns sixteen new words: a minute on a CPU
     python train.py --variant perft_r --num_adapters 8     eight adapters with a router of their own
-    python train.py --variant scratch                      re-make data/tiny_olmoe from random weights: about an hour
+    python train.py --variant scratch                      re-make its weights (into out/scratch): about an hour
 
 What happens, in this order, on the screen and in the run folder (--out; config.json and metrics.jsonl):
 
@@ -61,6 +61,9 @@ from perft import BASELINES, PERFT, PerftConfig, apply_perft, report, save_adapt
 ESFT = ("esft_token", "esft_gate")
 VARIANTS = (*PERFT, *ESFT, *BASELINES, "scratch")
 
+TASK_DEFAULTS = {"task": skills.DEFAULT_TARGET, "train_rows": 4000, "score_rows": 500, "bind_groups": 1}
+P_DEFAULTS = {"token": 0.2, "gate": 0.1, "gate_share": 0.25}  # the first two are the paper's
+
 # The flags that only some variants take; given to another one, they are an error and not ignored.
 DATA, LORA, UNIT = {"task", "train_rows"}, {"rank", "alpha", "dropout", "train_router"}, {"kind", "init"}
 ROUTED = {"num_adapters", "top_k", "adapter_weights", "adapter_balance"}
@@ -105,8 +108,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = group.add_argument
     add("--base", metavar="DIR", help="model folder (data/tiny_olmoe)")
     tasks = [*skills.TARGETS, *skills.FAMILIES]
-    add("--task", choices=tasks, metavar="NAME", help=f"what to learn ({skills.DEFAULT_TARGET}): {', '.join(tasks)}")
-    add("--train_rows", type=count, metavar="N", help="draws of the task that training cycles through (4000)")
+    add("--task", choices=tasks, metavar="NAME", help=f"what to learn ({TASK_DEFAULTS['task']}): {', '.join(tasks)}")
+    rows = TASK_DEFAULTS["train_rows"]
+    add("--train_rows", type=count, metavar="N", help=f"draws of the task that training cycles through ({rows})")
     add("--train_on_inputs", action="store_true", help="labels on the prompt too, not only on the answer")
     add("--dtype", choices=DTYPES, default="float32", help="of the base, adapters are float32 always (float32)")
     add("--device", type=device, metavar="NAME", default=DEVICE, help="cpu, cuda, cuda:1 ... (%(default)s)")
@@ -126,11 +130,12 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     group = parser.add_argument_group("experts (esft_token, esft_gate; --experts also perft_e)")
     add = group.add_argument
-    add("--p", type=positive, metavar="X", help="score a layer's choice reaches (token 0.2, gate 0.1, gate share 0.25)")
+    by_kind = ", ".join(f"{kind} {p}" for kind, p in P_DEFAULTS.items())
+    add("--p", type=positive, metavar="X", help=f"score that a layer's choice reaches ({by_kind})")
     add("--gate_share", action="store_true", default=None, help="esft_gate: scores as shares of their layer's sum")
     add("--experts", metavar="FILE", help="this expert_cfg.json's choice; esft: or 'random', as many drawn by --seed")
     add("--bind_groups", type=count, metavar="N", help="choose whole groups of N experts, a control for the grain (1)")
-    add("--score_rows", type=count, metavar="N", help="rows of the task that are read for the scores (500)")
+    add("--score_rows", type=count, metavar="N", help=f"rows read for the scores ({TASK_DEFAULTS['score_rows']})")
 
     group = parser.add_argument_group("optimisation (AdamW, warm-up, then linear decay to 0)")
     add = group.add_argument
@@ -168,9 +173,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def fill_defaults(parser, args):
     """What was not given and applies: the values that will be in force, so that the configuration says them."""
     applies, given = APPLIES[args.variant], {flag for flag, value in vars(args).items() if value is not None}
-    kind = "token" if args.variant == "esft_token" else "gate_share" if args.gate_share else "gate"
-    defaults = {"task": skills.DEFAULT_TARGET, "train_rows": 4000, "score_rows": 500, "bind_groups": 1,
-                "p": {"token": 0.2, "gate": 0.1, "gate_share": 0.25}[kind]}  # fmt: skip
+    defaults = TASK_DEFAULTS | {"p": P_DEFAULTS[score_kind(args)]}
     if args.variant in (*PERFT, *BASELINES):
         options = given & PerftConfig.__dataclass_fields__.keys() - {"experts"}  # that is a file name still
         try:
@@ -192,6 +195,11 @@ def fill_defaults(parser, args):
         parser.error(f"--dtype {args.dtype} with --variant {args.variant}: weights of the base train, so it is float32")
     if args.beta2 >= 1:
         parser.error(f"--beta2 {args.beta2}: must be below 1")
+
+
+def score_kind(args) -> str:
+    """Which of esft's scores the variant goes by."""
+    return "token" if args.variant == "esft_token" else "gate_share" if args.gate_share else "gate"
 
 
 def check_run_folder(parser, args):
@@ -289,7 +297,7 @@ class InertCheck:
         silent = [name for name in self.silent if not any(part in name for part in excused)]
         if silent:
             raise ValueError(f"{len(silent)} trainable tensors had no gradient in two steps: {', '.join(silent[:3])}; "
-                             "attached but inert. Is the learning rate 0, or does no token reach these adapters?")
+                             "attached but inert. Is their output detached, or does no token reach them?")
 
 
 def peak_memory(device: str) -> int:
@@ -375,7 +383,7 @@ def build(args):
 
 def build_esft(args, model, tokenizer):
     """Score the experts on rows of the task, choose (or take the choice given), let the chosen train."""
-    kind = "token" if args.variant == "esft_token" else "gate_share" if args.gate_share else "gate"
+    kind = score_kind(args)
     rows = skills.sample(args.task, "train", args.score_rows, args.seed)
     examples = [encode(row, tokenizer) for row in rows]
     cuts = [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]

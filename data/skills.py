@@ -1,4 +1,4 @@
-"""The embedded world: twelve small skills a 3 M parameter MoE can learn on one CPU core, and four it has never seen.
+"""The embedded world: twelve small skills a 2.8 M parameter MoE can learn on one CPU core, and four it has never seen.
 
 Fine-tuning is only worth reading about if there is a pre-trained model to fine-tune. This file generates the text of a
 world small enough to be learnt from scratch in about an hour, and varied enough that the router has something to route:
@@ -361,18 +361,17 @@ def lexicon_text():
 
 def write_tokenizer(folder):
     """Learn the world's tokenizer and write it as transformers expects it: tokenizer.json, tokenizer_config.json."""
-    from tokenizer import train_bpe  # beside this file, and only needed here
+    from data.checkpoint import write_text  # needed here only: the rest of this file is the standard library alone
+    from data.tokenizer import train_bpe
 
     names = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>", "bos_token": None, "unk_token": None}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names}
     for name, content in (("tokenizer", train_bpe(lexicon_text(), 640)), ("tokenizer_config", config)):
-        Path(folder, f"{name}.json").write_text(
-            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_text(Path(folder, f"{name}.json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def report():
-    from tokenizer import load_tokenizer
+    from data.tokenizer import load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(folder)
@@ -392,4 +391,8 @@ def report():
 
 
 if __name__ == "__main__":
-    report() if len(sys.argv) == 1 else write_tokenizer(sys.argv[1])
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is on it instead
+    try:
+        report() if len(sys.argv) == 1 else write_tokenizer(sys.argv[1])
+    except OSError as error:
+        sys.exit(f"error: {error}")

@@ -335,7 +335,6 @@ def test_the_routing_of_the_embedded_base_is_specific_to_the_family_and_balanced
 
 
 @embedded
-@embedded
 def test_the_default_command_teaches_the_base_its_new_words(tmp_path):
     """From under 5 % to at least 90 % on kinship_new, in half of its steps, for the time that all would take."""
     short = ["--steps", "100", "--eval_rows", "100", "--threads", "1"]

@@ -271,12 +271,13 @@ def test_a_log_line_that_was_cut_off_does_not_stand_in_the_way_of_resuming(run, 
 
 
 def test_a_run_that_was_stopped_before_its_first_saved_state_is_not_told_to_resume_in_vain(run, monkeypatch, capsys):
-    """The remedy on the screen works: either --resume is not offered, or it goes on."""
+    """The remedy on the screen is the one that works: --resume would be refused, --overwrite goes through."""
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupted(patch, 2, ctrl_c)
         run("perft_s", *LONG)
-    if "--resume" in capsys.readouterr().out:
-        run("perft_s", *LONG, "--resume")
+    screen = capsys.readouterr().out
+    assert "--overwrite" in screen.splitlines()[-1] and "--resume" not in screen
+    run("perft_s", *LONG, "--overwrite")
 
 
 # The loss and the step, written out ----------------------------------------------------------------------------------
