@@ -379,14 +379,14 @@ def save_scores(model: MoETransformer, folder: str | Path, usage: Usage, scores:
 
 def main():
     from data import skills
-    from eval import TINY, encode, load_base, pad_batch
+    from eval import TINY, encode_rows, load_base, pad_batch
 
     model, tokenizer = load_base(TINY)
     K, usages, choices = model.config.num_experts_per_tok, {}, {}
     print(f"The most used of {model.config.num_experts} experts that get half of a family's choices, {K} a token;")
     print("those before the bar get a fifth: ESFT-token (p 0.2) trains these")
     for name in skills.FAMILIES:
-        examples = [encode(row, tokenizer) for row in skills.sample(name, "train", 100)]
+        examples = encode_rows(skills.sample(name, "train", 100), tokenizer)
         usages[name] = collect(model, [pad_batch(examples, tokenizer.pad_id, "cpu")])
         scores = expert_scores(*usages[name], K)
         choices[name], half = select_experts(scores, 0.2), select_experts(scores, 0.5)

@@ -2,19 +2,23 @@
 
     python train.py --variant perft_s                      the embedded base learns sixteen new words: a minute on a CPU
     python train.py --variant perft_r --num_adapters 8     eight adapters with a router of their own
+    python train.py --variant perft_s --data rows.json     a file of alpaca or messages records (data/dataset.py)
+    python train.py --variant perft_r --base data/downloads/OLMoE-1B-7B-0924 --data commonsense --recipe perft_paper
     python train.py --variant scratch                      re-make its weights (into out/scratch): about an hour
 
 What happens, in this order, on the screen and in the run folder (--out; config.json and metrics.jsonl):
 
     configuration -> table of what trains -> accuracy before -> steps -> accuracy after -> what was saved, and where
 
+What is measured before and after: exact-match accuracy for --task, cross-entropy of held-out rows for --data.
+
 The loss of a step:
 
     cross-entropy over the labels + c_base * balance(base routers) + c_adapter * balance(adapter routers, PERFT-R only)
 
 balance is moe.load_balancing_loss, averaged over the layers: 1 is even. The labels are the answer and the end token;
---train_on_inputs adds the prompt. The base routers are frozen in most variants, yet c_base still moves adapters: those
-of earlier layers change what later routers see.
+--train_on_inputs adds the prompt, as the papers do. The base routers are frozen in most variants, yet c_base still
+moves adapters: those of earlier layers change what later routers see.
 
 A step depends on the seed and its own number only (data order, dropout), so a run that was stopped and continued with
 --resume gives the numbers of one that was not.
@@ -24,13 +28,14 @@ import argparse
 import itertools
 import json
 import os
-import random
 import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -38,34 +43,25 @@ from tqdm import tqdm
 import esft
 from data import skills
 from data.checkpoint import read_json, read_safetensors, write_safetensors, write_text
-from eval import (
-    DEVICE,
-    DTYPES,
-    TINY,
-    TRAINED_FILES,
-    Parser,
-    accuracies,
-    count,
-    device,
-    encode,
-    from_zero,
-    load_base,
-    number,
-    pad_batch,
-    positive,
-)
-from model import MoETransformer
+from data.cli import Parser, count, device, from_zero, number, positive
+from data.dataset import NAMED, Dataset, epoch_batches, pad_batch, padding_share, read_rows, split, tokenise
+from data.run import InertCheck, Log, check_run_folder, check_same_run, peak_memory, state_tensors, steps_done
+from data.tasks import TEMPLATES
+from eval import DEVICE, DTYPES, TINY, TRAINED_FILES, accuracies, encode_rows, load_base
+from model import Config, MoETransformer
 from moe import Routing, expert_load, load_balancing_loss
 from perft import BASELINES, PERFT, PerftConfig, apply_perft, report, save_adapter, warnings_for
 
 ESFT = ("esft_token", "esft_gate")
 VARIANTS = (*PERFT, *ESFT, *BASELINES, "scratch")
 
-TASK_DEFAULTS = {"task": skills.DEFAULT_TARGET, "train_rows": 4000, "score_rows": 500, "bind_groups": 1}
+TASK_DEFAULTS = {"task": skills.DEFAULT_TARGET, "train_rows": 4000, "steps": 200, "score_rows": 500, "bind_groups": 1}
+FILE_DEFAULTS = {"epochs": 1, "max_length": 1024, "held_out": 120, "template": "papers"}
 P_DEFAULTS = {"token": 0.2, "gate": 0.1, "gate_share": 0.25}  # the first two are the paper's
 
 # The flags that only some variants take; given to another one, they are an error and not ignored.
-DATA, LORA, UNIT = {"task", "train_rows"}, {"rank", "alpha", "dropout", "train_router"}, {"kind", "init"}
+DATA = {"task", "train_rows", "data", "recipe", *FILE_DEFAULTS}
+LORA, UNIT = {"rank", "alpha", "dropout", "train_router"}, {"kind", "init"}
 ROUTED = {"num_adapters", "top_k", "adapter_weights", "adapter_balance"}
 CHOICE = {"experts", "p", "bind_groups", "score_rows", "train_router"}
 APPLIES = {
@@ -96,6 +92,18 @@ RECIPES = {
     "full": {"lr": 1e-4},
     "scratch": {"lr": 3e-3, "steps": 8000, "batch_size": 96, "warmup": 200, "weight_decay": 0.1, "beta2": 0.98},
 }
+# The papers' settings (2411.08212 and the authors' code), beside what is the default anyway: alpha 2r, --kind lora,
+# --init paper, --dropout 0.05, AdamW (0.9, 0.999) with eps 1e-8, linear decay.
+PAPER = {"batch_size": 16, "epochs": 3, "max_length": 256, "held_out": 120, "template": "papers", "warmup": 100,
+         "train_on_inputs": True, "weight_decay": 0.0, "beta2": 0.999, "clip": 1.0}  # fmt: skip
+PAPER_BY_BASE = {"olmoe": {"lr": 1e-5, "balance": 0.01}, "mixtral": {"lr": 2e-5, "balance": 0.02}}
+SPLIT_SEED = 42  # of the rows held out, the authors' and not --seed: runs of other seeds are compared on the same rows
+
+
+def paper_recipe(variant: str, base: str | None, data: str | None) -> dict:
+    kind = Config.from_folder(base or TINY).model_type
+    lora = {"lr": 2e-5} if variant == "lora_qv" and kind == "olmoe" and data == "commonsense" else {}
+    return PAPER | PAPER_BY_BASE[kind] | lora
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -111,10 +119,20 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--task", choices=tasks, metavar="NAME", help=f"what to learn ({TASK_DEFAULTS['task']}): {', '.join(tasks)}")
     rows = TASK_DEFAULTS["train_rows"]
     add("--train_rows", type=count, metavar="N", help=f"draws of the task that training cycles through ({rows})")
-    add("--train_on_inputs", action="store_true", help="labels on the prompt too, not only on the answer")
+    inputs = "labels on the prompt too, not only on the answer"
+    add("--train_on_inputs", action=argparse.BooleanOptionalAction, default=False, help=inputs)
     add("--dtype", choices=DTYPES, default="float32", help="of the base, adapters are float32 always (float32)")
     add("--device", type=device, metavar="NAME", default=DEVICE, help="cpu, cuda, cuda:1 ... (%(default)s)")
     add("--threads", type=count, metavar="N", help="CPU threads of torch (its own choice if not given)")
+
+    group = parser.add_argument_group("data instead of a task: a file, or what data/prepare.py downloaded")
+    add, file = group.add_argument, FILE_DEFAULTS
+    add("--data", metavar="FILE", help="commonsense, math, or JSON (lines) of alpaca or messages records")
+    add("--recipe", choices=("perft_paper",), help="the papers' settings as defaults, for the base's kind: see PAPER")
+    add("--epochs", type=count, metavar="N", help=f"times through the data; --steps overrides ({file['epochs']})")
+    add("--max_length", type=count, metavar="N", help=f"tokens a row is cut to, on the right ({file['max_length']})")
+    add("--template", choices=TEMPLATES, help=f"of alpaca records' prompts ({file['template']})")
+    add("--held_out", type=number(int, 0), metavar="N", help=f"rows kept out to measure on ({file['held_out']})")
 
     group = parser.add_argument_group("adapters (which apply depends on the variant)")
     add = group.add_argument
@@ -140,7 +158,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group = parser.add_argument_group("optimisation (AdamW, warm-up, then linear decay to 0)")
     add = group.add_argument
     add("--lr", type=positive, metavar="X", help="peak learning rate (by variant: see RECIPES in this file)")
-    add("--steps", type=count, metavar="N", default=200, help="optimiser steps (%(default)s)")
+    add("--steps", type=count, metavar="N", help=f"optimiser steps ({TASK_DEFAULTS['steps']}; --data: as --epochs)")
     add("--batch_size", type=count, metavar="N", default=64, help="rows a step (%(default)s)")
     add("--warmup", type=count, metavar="N", default=20, help="steps of warm-up (%(default)s)")
     add("--weight_decay", type=from_zero, metavar="X", default=0.0, help="on matrices that train (%(default)s)")
@@ -159,14 +177,25 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--save_every", type=count, metavar="N", default=50, help="steps between states to resume from (%(default)s)")
     add("--eval_rows", type=count, metavar="N", default=500, help="test rows of the task, a fifth of it for families")
 
-    parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].variant])
+    known = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**RECIPES[known.variant])
+    if known.recipe:
+        if not known.data or known.variant not in (*PERFT, *BASELINES):
+            parser.error("--recipe perft_paper is for --data, with a PERFT variant or one of its baselines")
+        try:
+            parser.set_defaults(**paper_recipe(known.variant, known.base, known.data))
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        if known.steps:
+            parser.set_defaults(epochs=None)
     args = parser.parse_args(argv)
     for flag in sorted(set().union(*APPLIES.values()) - APPLIES[args.variant]):
         if getattr(args, flag) is not None:
             takes = ", ".join(v for v in VARIANTS if flag in APPLIES[v])
             parser.error(f"--{flag} does not apply to --variant {args.variant}; it applies to {takes}")
     fill_defaults(parser, args)
-    check_run_folder(parser, args)
+    args.out = args.out or f"out/{args.variant}"
+    check_run_folder(parser, Path(args.out), args.resume, args.overwrite)
     return args
 
 
@@ -174,13 +203,23 @@ def fill_defaults(parser, args):
     """What was not given and applies: the values that will be in force, so that the configuration says them."""
     applies, given = APPLIES[args.variant], {flag for flag, value in vars(args).items() if value is not None}
     defaults = TASK_DEFAULTS | {"p": P_DEFAULTS[score_kind(args)]}
+    if args.data:
+        defaults |= FILE_DEFAULTS | {"task": None, "train_rows": None, "steps": None}
+        if args.steps:
+            defaults["epochs"] = None
+        if clash := [flag for flag in ("task", "train_rows") if flag in given]:
+            parser.error(f"--{clash[0]} does not apply to --data, which brings its own rows")
+        if args.steps and args.epochs:
+            parser.error("--steps and --epochs: choose one")
+    elif clash := sorted(FILE_DEFAULTS.keys() & given):
+        parser.error(f"--{clash[0]} applies to --data only")
     if args.variant in (*PERFT, *BASELINES):
         options = given & PerftConfig.__dataclass_fields__.keys() - {"experts"}  # that is a file name still
         try:
             defaults |= asdict(PerftConfig(**{name: getattr(args, name) for name in options}))
         except ValueError as error:
             parser.error(str(error))
-    for flag in applies & defaults.keys():
+    for flag in (applies | {"steps"}) & defaults.keys():
         if getattr(args, flag) is None:
             setattr(args, flag, defaults[flag])
     if args.kind == "parallel" and "alpha" in given:
@@ -202,50 +241,78 @@ def score_kind(args) -> str:
     return "token" if args.variant == "esft_token" else "gate_share" if args.gate_share else "gate"
 
 
-def check_run_folder(parser, args):
-    args.out = args.out or f"out/{args.variant}"
-    out, unfinished = Path(args.out), Path(args.out, "state.safetensors").exists()
-    if out.exists() and not out.is_dir():
-        parser.error(f"--out {out} is not a folder; choose another")
-    if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite: choose one")
-    if args.resume and not unfinished:
-        parser.error(f"{out} holds no unfinished run to resume (no state.safetensors); drop --resume")
-    if (out / "config.json").exists() and not (out / "metrics.jsonl").exists():
-        parser.error(f"{out} holds files that are not of a run (a model folder?); choose another --out")
-    if (out / "metrics.jsonl").exists() and not (args.resume or args.overwrite):
-        go_on = "continue it with --resume, " if unfinished else ""
-        parser.error(f"{out} already holds a run: {go_on}replace it with --overwrite, or choose another --out")
-
-
 # Data ----------------------------------------------------------------------------------------------------------------
 
 
-def batches(args, tokenizer, start: int):
+class Data(NamedTuple):
+    """What a run trains on. `train` is None for scratch, whose rows never end."""
+
+    train: Dataset | None
+    held_out: Dataset | None = None  # of --data
+    notes: tuple[str, ...] = ()
+
+
+def load_data(args, tokenizer, positions: int) -> Data:
+    """The rows of --task or --data as token ids. Fills in args.steps, where --epochs says how many."""
+    if args.variant == "scratch":
+        return Data(None)
+    if not args.data:
+        rows = skills.sample(args.task, "train", args.train_rows, args.seed)
+        return Data(Dataset.of(encode_rows(rows, tokenizer, args.train_on_inputs)))
+    path, args.max_length = NAMED.get(args.data, Path(args.data)), min(args.max_length, positions)
+    if args.data in NAMED and not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; download it with: python data/prepare.py {args.data}")
+    kind, rows = read_rows(path)
+    args.template = args.template if kind == "alpaca" else "chat"
+    whole = tokenise(path, rows, kind, tokenizer, args.template, args.train_on_inputs, args.max_length)
+    usable, (train, held_out) = whole.trains(), split(len(rows), args.held_out, SPLIT_SEED)
+    train, held_out = (whole.take([i for i in some if usable[i]]) for some in (train, held_out))
+    if not len(train):
+        raise ValueError(f"{path}: of {len(rows)} rows none is left to train on: {args.held_out} are held out, "
+                         f"{(~usable).sum()} have no label within --max_length {args.max_length}")  # fmt: skip
+    cuts = epoch_batches(train.lengths(), args.batch_size, f"{args.seed} 0")
+    args.steps = args.steps or args.epochs * len(cuts)
+    cut = (whole.ids[whole.ends - 1] != tokenizer.eos_id).sum()
+    notes = (
+        f"data: {path}, {len(rows):,} {kind} rows: {len(train):,} train, {len(held_out):,} are held out (drawn by "
+        f"seed {SPLIT_SEED})",
+        f"      {len(train.ids):,} tokens, {100 * train.labelled.mean():.1f} % of them labels; batches hold "
+        f"{100 * padding_share(train.lengths(), cuts):.1f} % padding; {len(cuts):,} steps are an epoch",
+    )
+    if cut:
+        notes += (f"      {cut:,} rows lost their end to --max_length {args.max_length}; {(~usable).sum():,} of them "
+                  "had no label left and were dropped",)  # fmt: skip
+    return Data(train, held_out if len(held_out) else None, notes)
+
+
+def batches(args, data: Data, tokenizer, start: int) -> Iterator[tuple[torch.Tensor, ...]]:
     """The batches from step `start` on, for ever: (input_ids, labels, mask), each (B, T); see `pad_batch`.
 
-    An epoch is a permutation of the task's rows. Rows of like length share a batch, 16 batches at a time, which leaves
-    little padding and still mixes. Pre-training is not sorted (nor repeated: its epoch is 16 batches of new rows): like
-    length is like family there, and the balance loss would spread each family over all experts.
+    An epoch is every row once, see `epoch_batches`. Pre-training is not sorted by length (nor repeated: its epoch is 16
+    batches of new rows): like length is like family there, and the balance loss would spread each family over all
+    experts.
     """
-    data = None
-    if args.variant != "scratch":
-        rows = skills.sample(args.task, "train", args.train_rows, args.seed)
-        data = [encode(row, tokenizer) for row in rows]
-    per_epoch = -(-len(data) // args.batch_size) if data else 16
+    per_epoch = -(-len(data.train) // args.batch_size) if data.train else 16
     for epoch in itertools.count(start // per_epoch):
-        rng = random.Random(f"{args.seed} {epoch}")
-        examples = data or [
-            encode(row, tokenizer) for row in skills.mixture(16 * args.batch_size, f"{args.seed} {epoch}")
-        ]
-        examples = rng.sample(examples, len(examples))
-        window = 16 * args.batch_size if data else 1
-        for i in range(0, len(examples), window):
-            examples[i : i + window] = sorted(examples[i : i + window], key=lambda e: len(e[0]) + len(e[1]))
-        cuts = rng.sample(range(per_epoch), per_epoch)
+        seed, examples = f"{args.seed} {epoch}", data.train
+        if examples is None:
+            examples = encode_rows(skills.mixture(16 * args.batch_size, seed), tokenizer, args.train_on_inputs)
+        lengths = examples.lengths() if data.train else [0] * len(examples)
+        cuts = epoch_batches(lengths, args.batch_size, seed, window=16 if data.train else 0)
         for cut in cuts[start - epoch * per_epoch if epoch == start // per_epoch else 0 :]:
-            batch = examples[cut * args.batch_size : (cut + 1) * args.batch_size]
-            yield pad_batch(batch, tokenizer.pad_id, args.device, args.train_on_inputs)
+            yield pad_batch([examples[i] for i in cut], tokenizer.pad_id, args.device)
+
+
+@torch.no_grad()
+def held_out_loss(model, held_out: Dataset, args, pad_id: int) -> float:
+    """Mean cross-entropy over the labels of the held-out rows."""
+    model.eval()
+    total = labels_seen = 0
+    for cut in epoch_batches(held_out.lengths(), args.batch_size, "held out"):
+        input_ids, labels, _ = pad_batch([held_out[i] for i in cut], pad_id, args.device)
+        n = (labels[:, 1:] != -100).sum().item()
+        total, labels_seen = total + n * model(input_ids, labels=labels).loss.item(), labels_seen + n
+    return total / labels_seen
 
 
 # The step ------------------------------------------------------------------------------------------------------------
@@ -273,119 +340,35 @@ def make_optimizer(model, args) -> torch.optim.AdamW:
     return optimizer
 
 
-class InertCheck:
-    """Attached, listed, stepped, and inert is the commonest silent failure: every trainable tensor must get a gradient.
-
-    Two steps are watched, since A has none at the first one if B starts at 0. A layer whose chosen experts no token
-    reached in them is excused.
-    """
-
-    def __init__(self, model):
-        self.silent = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.chosen = getattr(getattr(model, "adapter_config", None), "experts", None) or []
-        self.reached = [False] * len(self.chosen)
-
-    def watch(self, routings: list[Routing]):
-        self.silent = {n: p for n, p in self.silent.items() if p.grad is None or not p.grad.any()}
-        for i, ids in enumerate(self.chosen):
-            self.reached[i] |= not set(ids).isdisjoint(routings[i].selected_experts.unique().tolist())
-
-    def verdict(self, expected: str | None):
-        """ValueError naming the tensors still without one; names that contain `expected` were warned about before."""
-        excused = [f"layers.{i}." for i, reached in enumerate(self.reached) if not reached]
-        excused += [expected] if expected else []
-        silent = [name for name in self.silent if not any(part in name for part in excused)]
-        if silent:
-            raise ValueError(f"{len(silent)} trainable tensors had no gradient in two steps: {', '.join(silent[:3])}; "
-                             "attached but inert. Is their output detached, or does no token reach them?")
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: of the GPU's allocator, or of this process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return 0  # its Python has no way to ask
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-# State: what --resume needs ------------------------------------------------------------------------------------------
-
-
-def state_tensors(model, optimizer) -> dict[str, torch.Tensor]:
-    """Everything that a step changes, by name: the trained parameters and AdamW's moments and step count."""
-    tensors = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            tensors[f"param.{name}"] = p.data
-            tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
-    return tensors
-
-
-def steps_done(optimizer) -> int:
-    return int(next(iter(optimizer.state.values()))["step"])
-
-
-class Log:
-    """metrics.jsonl: one JSON object a line; and the same on the screen, above the progress bar."""
-
-    def __init__(self, path: Path, keep_until: int | None):
-        kept = []
-        if keep_until is not None:  # resuming: lines after the saved state will be written again
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
-            kept = [line for line in whole if json.loads(line).get("step", 0) <= keep_until]
-        write_text(path, "".join(kept))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
-
-    def write(self, text: str, **record):
-        tqdm.write(text)
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-
-    def accuracy(self, when: str, accuracy: dict[str, float], args):
-        """Two lines: the task, and how much of the pre-training families is still there."""
-        families, mean = [f"{name} {100 * accuracy[name]:.0f}" for name in skills.FAMILIES], kept(accuracy, args.task)
-        without = f", without {skills.PARENT[args.task]}" if args.task in skills.PARENT else ""
-        task = f"{args.task} {100 * accuracy[args.task]:.1f} %, " if args.task else ""
-        text = f"accuracy {when}: {task}pre-training families {100 * mean:.1f} % (mean{without})"
-        self.write(f"{text}\n    {' '.join(families)}", event=when, accuracy=accuracy, kept=mean)
-
-
-def kept(accuracy: dict[str, float], task: str) -> float:
-    """Mean accuracy on the families, without the one whose prompts the task answers differently."""
-    names = [name for name in skills.FAMILIES if name != skills.PARENT.get(task)]
-    return sum(accuracy[name] for name in names) / len(names)
-
-
 # The run -------------------------------------------------------------------------------------------------------------
 
 
 def build(args):
-    """The model with what trains, ready to train, the tokenizer, what to print of it, what to write of it."""
+    """The model with what trains, ready to train, the tokenizer, the data, what to print of it, what to write of it."""
     model, tokenizer = load_base(args.base, args.dtype, args.device, random_weights=args.variant == "scratch")
+    data = load_data(args, tokenizer, model.config.max_position_embeddings)
     torch.manual_seed(args.seed % 2**63)
     if args.variant == "scratch":
         model.init_weights()
         model.requires_grad_(True)
-        return model, tokenizer, [], lambda folder: None
+        return model, tokenizer, data, [], lambda folder: None
     if args.variant in ESFT:
-        return build_esft(args, model, tokenizer)
+        return model, tokenizer, data, *choose_experts(args, model, tokenizer, data)
     options = {k: v for k, v in vars(args).items() if k in PerftConfig.__dataclass_fields__ and v is not None}
     if args.experts:
         options["experts"] = esft.read_choice(args.experts, model.config).experts
     apply_perft(model, **options)
     notes = [f"warning: {note}" for note in warnings_for(model.adapter_config, model.config)]
-    return model, tokenizer, notes, lambda folder: None
+    return model, tokenizer, data, notes, lambda folder: None
 
 
-def build_esft(args, model, tokenizer):
-    """Score the experts on rows of the task, choose (or take the choice given), let the chosen train."""
+def choose_experts(args, model, tokenizer, data: Data):
+    """ESFT: score the experts on rows of the task, choose (or take the choice given), let the chosen train."""
     kind = score_kind(args)
-    rows = skills.sample(args.task, "train", args.score_rows, args.seed)
-    examples = [encode(row, tokenizer) for row in rows]
+    if args.data:
+        examples = [data.train[i] for i in range(min(args.score_rows, len(data.train)))]
+    else:
+        examples = encode_rows(skills.sample(args.task, "train", args.score_rows, args.seed), tokenizer)
     cuts = [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]
     usage = esft.collect(model, (pad_batch(cut, tokenizer.pad_id, args.device) for cut in cuts))
     scores = esft.expert_scores(*usage, model.config.num_experts_per_tok, kind)
@@ -398,21 +381,23 @@ def build_esft(args, model, tokenizer):
         choice = esft.EsftConfig(chosen)
     esft.apply_esft(model, choice.experts, bool(args.train_router) or choice.train_router, choice.train_non_experts)
     notes = [*(f"warning: {note}" for note in notes), esft.report(model, usage)]
-    how = {"task": args.task, "kind": kind, "p": args.p, "experts": args.experts or "by score"}
-    return model, tokenizer, notes, lambda folder: esft.save_scores(model, folder, usage, scores, **how)
+    how = {"task": args.task or args.data, "kind": kind, "p": args.p, "experts": args.experts or "by score"}
+    return notes, lambda folder: esft.save_scores(model, folder, usage, scores, **how)
 
 
 def train(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     out, scratch = Path(args.out), args.variant == "scratch"
-    model, tokenizer, notes, write_scores = build(args)
+    model, tokenizer, data, notes, write_scores = build(args)
     args.balance = model.config.router_aux_loss_coef if args.balance is None else args.balance
     if args.variant == "perft_r" and args.adapter_balance is None:
         args.adapter_balance = model.config.router_aux_loss_coef
     optimizer = make_optimizer(model, args)
     base = os.path.abspath(args.base) if args.base else None  # a path that holds from everywhere
-    config = {**vars(args), "base": base, "torch": torch.__version__, "base_config": model.config.to_dict()}
+    file = args.data if args.data in NAMED else args.data and os.path.abspath(args.data)
+    config = vars(args) | {"base": base, "data": file, "torch": torch.__version__}
+    config["base_config"] = model.config.to_dict()
     if args.resume:
         check_same_run(read_json(out / "config.json"), config)
         read_safetensors(out / "state.safetensors", state_tensors(model, optimizer))
@@ -420,9 +405,8 @@ def train(args):
 
     settings = " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None and v is not False)
     print(textwrap.fill(f"configuration: {settings}", 110, subsequent_indent="    ", break_on_hyphens=False))
-    print("\n".join([*notes, report(model)]))
-    names = [*([] if scratch else [args.task]), *skills.FAMILIES]
-    before = None if args.resume else accuracies(model, tokenizer, names, args.eval_rows, args.task)
+    print("\n".join([*data.notes, *notes, report(model)]))
+    before = None if args.resume else measure(model, tokenizer, data, args)
 
     out.mkdir(parents=True, exist_ok=True)  # from here on files are written, and a run that is replaced is lost
     log = Log(out / "metrics.jsonl", first if args.resume else None)
@@ -431,8 +415,8 @@ def train(args):
             (out / old).unlink(missing_ok=True)
         write_scores(out)
         write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-        log.accuracy("before", before, args)
-    run_steps(args, model, tokenizer, optimizer, first, log)
+        log.write(before.text("before"), event="before", **before.record)
+    run_steps(args, model, tokenizer, data, optimizer, first, log)
     if scratch:
         model.save_pretrained(out / "model", torch.bfloat16)
         for file in Path(args.base or TINY).glob("tokenizer*.json"):
@@ -446,25 +430,60 @@ def train(args):
     else:
         save_adapter(model, out)
         saved = out / "adapter_model.safetensors"
-    log.accuracy("after", accuracies(model, tokenizer, names, args.eval_rows, args.task), args)
+    after = measure(model, tokenizer, data, args)
+    log.write(after.text("after"), event="after", **after.record)
     (out / "state.safetensors").unlink(missing_ok=True)
     size = saved.stat().st_size
     log.write(f"saved {saved} ({size:,} bytes)", event="saved", file=str(saved), bytes=size)
 
 
-def run_steps(args, model, tokenizer, optimizer, first: int, log: Log):
+class Measured(NamedTuple):
+    """What is measured before and after: a line for the screen, with {} for when, and a record for metrics.jsonl."""
+
+    line: str
+    record: dict
+
+    def text(self, when: str) -> str:
+        return self.line.format(when)
+
+
+def measure(model, tokenizer, data: Data, args) -> Measured:
+    """--task: accuracy on it, and how much of the pre-training families is still there. --data: held-out loss."""
+    if args.data:
+        if data.held_out is None:
+            return Measured("no rows are held out to measure {} training", {})
+        loss, n = held_out_loss(model, data.held_out, args, tokenizer.pad_id), len(data.held_out)
+        return Measured(f"cross-entropy of {n} held-out rows {{}}: {loss:.4f}", {"held_out": loss})
+    names = [*([args.task] if args.task else []), *skills.FAMILIES]
+    accuracy = accuracies(model, tokenizer, names, args.eval_rows, args.task)
+    task = f"{args.task} {100 * accuracy[args.task]:.1f} %, " if args.task else ""
+    without, mean = skills.PARENT.get(args.task), kept(accuracy, args.task)
+    line = f"accuracy {{}}: {task}pre-training families {100 * mean:.1f} % (mean"
+    line += f", without {without})" if without else ")"
+    families = " ".join(f"{name} {100 * accuracy[name]:.0f}" for name in skills.FAMILIES)
+    return Measured(f"{line}\n    {families}", {"accuracy": accuracy, "kept": mean})
+
+
+def kept(accuracy: dict[str, float], task: str | None) -> float:
+    """Mean accuracy on the families, without the one whose prompts the task answers differently."""
+    names = [name for name in skills.FAMILIES if name != skills.PARENT.get(task)]
+    return sum(accuracy[name] for name in names) / len(names)
+
+
+def run_steps(args, model, tokenizer, data: Data, optimizer, first: int, log: Log):
     """The training loop."""
     trained = [p for p in model.parameters() if p.requires_grad]
     inert = InertCheck(model)
     warned = args.variant == "perft_r" and warnings_for(model.adapter_config, model.config)
     model.train()
-    data = batches(args, tokenizer, first)
+    source = batches(args, data, tokenizer, first)
+    per_epoch = args.steps // args.epochs if args.epochs else 0
     tokens, since = 0, time.perf_counter()
     print("  step cross-entropy  balance        lr grad norm  tokens/s    memory   load")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None, leave=False)
     for step in bar:
         torch.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # dropout: the step's own, resumed or not
-        input_ids, labels, mask = next(data)
+        input_ids, labels, mask = next(source)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         output = model(input_ids, labels=labels)
@@ -508,17 +527,13 @@ def run_steps(args, model, tokenizer, optimizer, first: int, log: Log):
                 line += f"   adapters: balance {record['adapter_balance']:.3f}"
             log.write(line, event="step", step=done, **record, expert_load=load)
             tokens, since = 0, time.perf_counter()
+        if per_epoch and data.held_out and done % per_epoch == 0 and done < args.steps:
+            epoch = measure(model, tokenizer, data, args)
+            log.write(epoch.text(f"after epoch {done // per_epoch}"), event="epoch", step=done, **epoch.record)
+            model.train()
         if save_now and done < args.steps:
             write_safetensors(Path(args.out) / "state.safetensors", state_tensors(model, optimizer))
     model.eval()
-
-
-def check_same_run(then: dict, now: dict):
-    """A run is continued with the flags it was begun with."""
-    free = {"resume", "overwrite", "out", "log_every", "save_every", "threads", "torch"}
-    changed = [f"{k} {then.get(k)!r} then, {v!r} now" for k, v in now.items() if k not in free and then.get(k) != v]
-    if changed:
-        raise ValueError(f"--resume continues a run as it was begun; changed: {'; '.join(changed)}")
 
 
 def main(argv=None):

@@ -28,6 +28,7 @@ A limit: an unbroken run of half a million newlines is too much for tiktoken's r
 """
 
 import argparse
+import hashlib
 import json
 import re
 import unicodedata
@@ -297,9 +298,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             "normalizer Prepend and Replace, no pre_tokenizer)"
         )
     try:
-        return kind(spec, config)
+        tokenizer = kind(spec, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    tokenizer.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()  # whose ids are these? for caches of them
+    return tokenizer
 
 
 # ------------------------------------------------------------------------------------------------- learning a small one

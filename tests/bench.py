@@ -33,7 +33,7 @@ import torch  # noqa: E402
 
 from data import skills  # noqa: E402
 from esft import ChosenExperts, apply_esft, collect, expert_scores, select_experts  # noqa: E402
-from eval import TINY, encode, load_base, pad_batch  # noqa: E402
+from eval import TINY, encode_rows, load_base, pad_batch  # noqa: E402
 from moe import MoE, expert_load  # noqa: E402
 
 
@@ -79,7 +79,7 @@ def esft_row(case: str, frozen, esft, forward, share: float, g: float, rounds: i
 def tiny_model_row(rounds: int) -> dict:
     """The embedded model on 64 rows of kinship_new, experts chosen by ESFT-token on 500 rows."""
     frozen, tokenizer = load_base(TINY)
-    c, examples = frozen.config, [encode(row, tokenizer) for row in skills.sample("kinship_new", "train", 500)]
+    c, examples = frozen.config, encode_rows(skills.sample("kinship_new", "train", 500), tokenizer)
     usage = collect(frozen, [pad_batch(examples, tokenizer.pad_id, "cpu")])
     chosen = select_experts(expert_scores(*usage, c.num_experts_per_tok), 0.2)
     ids, labels, _ = pad_batch(examples[:64], tokenizer.pad_id, "cpu")

@@ -20,7 +20,7 @@ import eval
 import train
 from data import skills
 from data.tokenizer import load_tokenizer
-from eval import accuracies, encode, is_right, load_base, load_trained
+from eval import accuracies, encode_rows, is_right, load_base, load_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny_olmoe"
@@ -350,7 +350,9 @@ def test_a_row_for_mixtral_is_the_ids_of_its_whole_text_after_the_begin_token():
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: no Mixtral tokenizer here")
     tokenizer = load_tokenizer(folder)
-    for row in (row for name in skills.FAMILIES for row in skills.sample(name, "test", 5)):
-        prompt, answer = encode(row, tokenizer)
-        assert prompt + answer == [tokenizer.bos_id, *tokenizer.encode(row.prompt + row.answer), tokenizer.eos_id]
-        assert tokenizer.decode(prompt + answer[:-1]) == row.prompt + row.answer
+    rows = [row for name in skills.FAMILIES for row in skills.sample(name, "test", 5)]
+    for row, (ids, labelled) in zip(rows, encode_rows(rows, tokenizer)):
+        assert ids == [tokenizer.bos_id, *tokenizer.encode(row.prompt + row.answer), tokenizer.eos_id]
+        told = [i for i, label in zip(ids, labelled) if label]
+        assert tokenizer.decode(ids[:-1]) == row.prompt + row.answer and ids[-len(told) :] == told
+        assert tokenizer.decode(ids[: -len(told)]) == row.prompt and told[-1] == tokenizer.eos_id

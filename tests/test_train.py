@@ -23,7 +23,7 @@ from data import skills
 from data.checkpoint import SafetensorsFile
 from data.tokenizer import load_tokenizer
 from esft import apply_esft
-from eval import load_base, pad_batch
+from eval import encode_rows, load_base, pad_batch
 from model import Config, MoETransformer
 from moe import Routing
 
@@ -358,7 +358,7 @@ def test_three_steps_equal_three_steps_written_out_by_hand(run, base, case):
     folder = run(variant, *flags)
 
     args = arguments(base, *SHORT, *flags, variant=variant)
-    model, tokenizer = train.build(args)[:2]
+    model, tokenizer, data = train.build(args)[:3]
     lengths = {}
     for row in skills.sample(args.task, "train", 20, 5):
         prompt, answer = tokenizer.encode(row.prompt), tokenizer.encode(row.answer)
@@ -368,7 +368,8 @@ def test_three_steps_equal_three_steps_written_out_by_hand(run, base, case):
     c_base = 0.01 if args.balance is None else args.balance
     c_adapter = 0.01 if args.adapter_balance is None else args.adapter_balance
     padding, learning_rates = 0, [0.005, 0.01, 0.01]  # the decay begins at the peak
-    for (logged, lr), batch in zip(zip(metrics(folder, "step"), learning_rates), train.batches(args, tokenizer, 0)):
+    steps = zip(metrics(folder, "step"), learning_rates, strict=True)
+    for (logged, lr), batch in zip(steps, train.batches(args, data, tokenizer, 0)):
         rows = rows_of(batch, lengths)
         padding += batch[1].numel() - sum(len(ids) for ids, _ in rows)
         loss, cross_entropy, balance, adapter_balance = loss_by_hand(
@@ -418,9 +419,9 @@ def test_labels_are_the_answer_and_the_end_token_and_with_train_on_inputs_the_pr
     """Decoded, row by row; padding is no label and no token."""
     tokenizer = load_tokenizer(base)
     rows = skills.sample(name, "train", 6, 1)
-    examples = [(tokenizer.encode(row.prompt), [*tokenizer.encode(row.answer), tokenizer.eos_id]) for row in rows]
     for on_inputs in (False, True):
-        input_ids, labels, mask = pad_batch(examples, tokenizer.pad_id, "cpu", on_inputs)
+        examples = encode_rows(rows, tokenizer, on_inputs)
+        input_ids, labels, mask = pad_batch(examples, tokenizer.pad_id, "cpu")
         for row, ids, label, real in zip(rows, input_ids, labels, mask, strict=True):
             text = row.prompt + row.answer
             *told, end = label[label != -100].tolist()
@@ -435,7 +436,7 @@ def test_labels_are_the_answer_and_the_end_token_and_with_train_on_inputs_the_pr
 
 def take(args, tokenizer, start, steps):
     """Each batch as the texts of its rows."""
-    source = train.batches(args, tokenizer, start)
+    source = train.batches(args, train.load_data(args, tokenizer, 64), tokenizer, start)
     texts = []
     for _ in range(steps):
         input_ids, _, mask = next(source)
@@ -481,7 +482,7 @@ def test_rows_of_like_length_share_a_batch(base):
     """Which is why there is little padding: less than half of what batches drawn at random would hold."""
     args = arguments(base, "--task", "height", "--train_rows", 640, "--batch_size", 32)
     tokenizer = load_tokenizer(base)
-    source = train.batches(args, tokenizer, 0)
+    source = train.batches(args, train.load_data(args, tokenizer, 64), tokenizer, 0)
     masks = [next(source)[2] for _ in range(20)]
     lengths = [n for mask in masks for n in mask.sum(1).tolist()]
     random.Random(0).shuffle(lengths)

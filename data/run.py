@@ -1,0 +1,109 @@
+"""What surrounds the steps of a run: its folder, its log, the state to resume from, and the check for inert parts.
+
+A run folder holds config.json (every setting), metrics.jsonl (a JSON object a line), what was trained, and while the
+run is unfinished state.safetensors: the trained parameters and AdamW's moments.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.checkpoint import write_text
+from moe import Routing
+
+
+def check_run_folder(parser, out: Path, resume: bool, overwrite: bool):
+    """Nothing that a user has is lost: parser.error unless the folder is free, or the flags say what to do with it."""
+    unfinished = (out / "state.safetensors").exists()
+    if out.exists() and not out.is_dir():
+        parser.error(f"--out {out} is not a folder; choose another")
+    if resume and overwrite:
+        parser.error("--resume and --overwrite: choose one")
+    if resume and not unfinished:
+        parser.error(f"{out} holds no unfinished run to resume (no state.safetensors); drop --resume")
+    if (out / "config.json").exists() and not (out / "metrics.jsonl").exists():
+        parser.error(f"{out} holds files that are not of a run (a model folder?); choose another --out")
+    if (out / "metrics.jsonl").exists() and not (resume or overwrite):
+        go_on = "continue it with --resume, " if unfinished else ""
+        parser.error(f"{out} already holds a run: {go_on}replace it with --overwrite, or choose another --out")
+
+
+def check_same_run(then: dict, now: dict):
+    """A run is continued with the flags it was begun with."""
+    free = {"resume", "overwrite", "out", "log_every", "save_every", "threads", "torch"}
+    changed = [f"{k} {then.get(k)!r} then, {v!r} now" for k, v in now.items() if k not in free and then.get(k) != v]
+    if changed:
+        raise ValueError(f"--resume continues a run as it was begun; changed: {'; '.join(changed)}")
+
+
+class Log:
+    """metrics.jsonl: one JSON object a line; and the same on the screen, above the progress bar."""
+
+    def __init__(self, path: Path, keep_until: int | None):
+        kept = []
+        if keep_until is not None:  # resuming: lines after the saved state will be written again
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
+            kept = [line for line in whole if json.loads(line).get("step", 0) <= keep_until]
+        write_text(path, "".join(kept))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+
+    def write(self, text: str, **record):
+        tqdm.write(text)
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+def state_tensors(model, optimizer) -> dict[str, torch.Tensor]:
+    """Everything that a step changes, by name: the trained parameters and AdamW's moments and step count."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            tensors[f"param.{name}"] = p.data
+            tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
+    return tensors
+
+
+def steps_done(optimizer) -> int:
+    return int(next(iter(optimizer.state.values()))["step"])
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the GPU's allocator, or of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0  # its Python has no way to ask
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class InertCheck:
+    """Attached, listed, stepped, and inert is the commonest silent failure: every trainable tensor must get a gradient.
+
+    Two steps are watched, since A has none at the first one if B starts at 0. A layer whose chosen experts no token
+    reached in them is excused.
+    """
+
+    def __init__(self, model):
+        self.silent = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.chosen = getattr(getattr(model, "adapter_config", None), "experts", None) or []
+        self.reached = [False] * len(self.chosen)
+
+    def watch(self, routings: list[Routing]):
+        self.silent = {n: p for n, p in self.silent.items() if p.grad is None or not p.grad.any()}
+        for i, ids in enumerate(self.chosen):
+            self.reached[i] |= not set(ids).isdisjoint(routings[i].selected_experts.unique().tolist())
+
+    def verdict(self, expected: str | None):
+        """ValueError naming the tensors still without one; names that contain `expected` were warned about before."""
+        excused = [f"layers.{i}." for i, reached in enumerate(self.reached) if not reached]
+        excused += [expected] if expected else []
+        silent = [name for name in self.silent if not any(part in name for part in excused)]
+        if silent:
+            raise ValueError(f"{len(silent)} trainable tensors had no gradient in two steps: {', '.join(silent[:3])}; "
+                             "attached but inert. Is their output detached, or does no token reach them?")
