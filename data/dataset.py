@@ -29,7 +29,8 @@ from data.checkpoint import SafetensorsFile, write_safetensors
 from data.tasks import TEMPLATES, chat_turns
 
 DOWNLOADS = Path(__file__).resolve().parent / "downloads"  # where prepare.py puts things
-NAMED = {"commonsense": DOWNLOADS / "commonsense_170k.json", "math": DOWNLOADS / "math_50k.json"}
+NAMED = {"commonsense": "commonsense_170k", "math": "math_50k", "math_10k": "math_10k", "math_14k": "math_14k"}
+NAMED = {name: DOWNLOADS / f"{file}.json" for name, file in NAMED.items()}
 CACHE = DOWNLOADS / "cache"
 
 

@@ -3,6 +3,8 @@
     python tests/bench.py                      every group
     python tests/bench.py esft --json out.json one group; the same numbers as JSON
 
+Group eval: answering test sets, prompts a second, against transformers' generate with the same model and prompts.
+
 Group esft: what training the chosen experts costs, against the same model (or layer) frozen, whose backward passes the
 gradient of its input on and nothing else. What ESFT may cost, issue 4's bound:
 
@@ -24,6 +26,7 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,8 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from data import skills  # noqa: E402
+from data.dataset import encode_prompt, pad_batch  # noqa: E402
+from data.tasks import TASKS  # noqa: E402
 from esft import ChosenExperts, apply_esft, collect, expert_scores, select_experts  # noqa: E402
-from eval import TINY, encode_rows, load_base, pad_batch  # noqa: E402
+from eval import TINY, answer_by_likelihood, encode_rows, load_base  # noqa: E402
 from moe import MoE, expert_load  # noqa: E402
 
 
@@ -130,7 +135,46 @@ def bench_esft(rounds: int):
     return "ESFT against the frozen base, forward + backward", columns, rows
 
 
-GROUPS = {"esft": bench_esft}
+def bench_eval(rounds: int):
+    """Prompts a second on the embedded model: the papers' prompt around the world's rows, 4 beams and 4 new tokens,
+    as a batch of 32 (prompts of like length in both), against transformers' generate; and scoring 4 choices."""
+    import transformers
+
+    model, tokenizer = load_base(TINY)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    rows = skills.mixture(32, 0)
+    words = "\n\nAnswer1: a Answer2: b Answer3: c\n\nAnswer format: answer1/answer2/answer3/answer4"
+    rows = [{"instruction": row.prompt + words, "input": "", "output": "", "answer": "answer1"} for row in rows]
+    task, args = TASKS["ARC-Easy"], SimpleNamespace(template="papers", num_beams=4, max_new_tokens=4, choices="words")
+    prompts = [encode_prompt(task.render_eval(row), tokenizer) for row in rows]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_id] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+
+    def reference(beams):
+        new = theirs.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, num_beams=beams, do_sample=False)
+        return [tokenizer.decode(i for i in row if i != tokenizer.pad_id) for row in new[:, longest:].tolist()]
+
+    def ours(beams):
+        return [tokenizer.decode(new) for new in model.generate(prompts, 4, num_beams=beams)]
+
+    assert ours(4) == reference(4) and ours(1) == reference(1), "the same answers, or the times compare nothing"
+    peers = {"ours": ours, "theirs": reference}
+    runs = {(beams, who): partial(run, beams) for beams in (4, 1) for who, run in peers.items()}
+    runs["likelihood"] = partial(answer_by_likelihood, model, tokenizer, task, rows, args)
+    speed = {name: len(rows) / seconds for name, seconds in medians(runs, rounds).items()}
+    cases = {"generate, 4 beams": (4, 4), "generate, greedy": (1, 1), "likelihood, 4 choices": (None, 4)}
+    table = []
+    for case, (mine, peer) in cases.items():
+        fast, slow = speed[(mine, "ours") if mine else "likelihood"], speed[peer, "theirs"]
+        against = f"generate, {'4 beams' if peer == 4 else 'greedy'}"
+        table.append({"case": case, "ours": fast, "peer": against, "theirs": slow, "ratio": fast / slow})
+    columns = {"case": "{case}", "prompts/s": "{ours:.1f}", "transformers": "{peer}", "prompts/s ": "{theirs:.1f}",
+               "ratio": "{ratio:.2f}"}  # fmt: skip
+    return f"Evaluation: {len(rows)} prompts of {min(map(len, prompts))} to {longest} tokens at once", columns, table
+
+
+GROUPS = {"esft": bench_esft, "eval": bench_eval}
 
 
 def main():

@@ -25,11 +25,12 @@ QUICK = {"train.py": "--steps 2 --eval_rows 5 --threads 1 --overwrite".split()} 
 
 
 def commands(text):
-    """The python commands of a page's code blocks, in order, without those about folders that the reader has, and
-    without the benchmark, which takes minutes."""
+    """The python commands of a page's code blocks, in order, without those about folders that the reader has or what is
+    downloaded, and without the benchmark, which takes minutes."""
     lines = [line.split("#")[0] for _, block in BLOCK.findall(text) for line in block.splitlines()]
     parts = [part.strip() for line in lines for part in line.split("&&")]
-    return [part for part in parts if part.startswith("python ") and "path/to/" not in part and "bench" not in part]
+    elsewhere = "path/to/", "downloads", "prepare.py", "bench", "RUN"
+    return [part for part in parts if part.startswith("python ") and not any(word in part for word in elsewhere)]
 
 
 @pytest.fixture(scope="module")
