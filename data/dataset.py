@@ -17,6 +17,7 @@ the seed and the epoch only: see `epoch_batches`.
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +55,7 @@ def encode(turns: list[tuple[str, str]], tokenizer, train_on_inputs=False, max_l
     ids, labelled = begin, [train_on_inputs] * len(begin)
     for prompt, answer in turns:
         new = tokenizer.encode(prompt + answer)
-        left = len(tokenizer.normalise(prompt + answer).encode()) - len(tokenizer.normalise(prompt).encode())
+        left = size(tokenizer.normalise(prompt + answer)) - size(tokenizer.normalise(prompt))
         first = len(new)
         while left > 0:  # backwards over the bytes of the answer
             first -= 1
@@ -62,6 +63,11 @@ def encode(turns: list[tuple[str, str]], tokenizer, train_on_inputs=False, max_l
         ids += [*new, tokenizer.eos_id]
         labelled += [train_on_inputs] * first + [True] * (len(new) - first + 1)
     return Example(ids[:max_length], labelled[:max_length])
+
+
+def size(text: str) -> int:
+    """In bytes. Half a surrogate pair, which JSON may hold, counts 3, as the U+FFFD that it is tokenised as."""
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def pad_batch(examples: list[Example], pad_id: int, device):
@@ -87,10 +93,10 @@ class Dataset:
 
     @classmethod
     def of(cls, examples) -> "Dataset":
-        examples = list(examples)
-        ids = np.concatenate([np.asarray(e.ids, np.int32) for e in examples] or [np.empty(0, np.int32)])
-        labelled = np.concatenate([np.asarray(e.labelled, bool) for e in examples] or [np.empty(0, bool)])
-        return cls(ids, labelled, np.cumsum([len(e.ids) for e in examples], dtype=np.int64))
+        arrays = [(np.asarray(ids, np.int32), np.asarray(labelled, bool)) for ids, labelled in examples]
+        ids = np.concatenate([ids for ids, _ in arrays] or [np.empty(0, np.int32)])
+        labelled = np.concatenate([labelled for _, labelled in arrays] or [np.empty(0, bool)])
+        return cls(ids, labelled, np.cumsum([len(ids) for ids, _ in arrays], dtype=np.int64))
 
     def __len__(self):
         return len(self.ends)
@@ -125,27 +131,30 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8; expected JSON") from None
-    place, lines, counted = 0, 1, 0
-    decoder, is_list = json.JSONDecoder(), text.lstrip()[:1] == "["
-    space, comma = " \t\r\n", is_list  # between records of a list stands a comma
-
-    def skip(place, more=""):
-        while place < len(text) and text[place] in space + more:
-            place += 1
-        return place
-
-    place = skip(0, "[" if is_list else "")
+    decoder, space, lines, counted = json.JSONDecoder(), re.compile(r"[ \t\r\n]*"), 1, 0
+    place = space.match(text).end()
+    is_list = text.startswith("[", place)  # then a comma stands between records
+    place = space.match(text, place + is_list).end()
     while place < len(text) and not (is_list and text[place] == "]"):
         lines, counted = lines + text.count("\n", counted, place), place
         try:
-            record, end = decoder.raw_decode(text, place)
+            record, place = decoder.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
-            what = getattr(error, "msg", "nested too deeply")
-            raise ValueError(f"{path}:{lines}: not valid JSON ({what}); expected a record") from None
+            what, line = getattr(error, "msg", "nested too deeply"), getattr(error, "lineno", lines)
+            raise ValueError(f"{path}:{line}: not valid JSON ({what}); expected a record") from None
         yield lines, record
-        place = skip(end, "," if comma else "")
+        place = space.match(text, place).end()
+        if is_list and text.startswith(",", place):
+            place = space.match(text, place + 1).end()
+        elif is_list and place < len(text) and text[place] != "]":
+            lines += text.count("\n", counted, place)
+            raise ValueError(f"{path}:{lines}: found {found(text[place:])}, expected a comma or the end of the list")
     if is_list and place >= len(text):
-        raise ValueError(f"{path}:{lines}: the list does not end; is the file cut off?")
+        raise ValueError(f"{path}:{lines + text.count(chr(10), counted)}: the list does not end; is the file cut off?")
+    behind = space.match(text, place + 1).end() if is_list else len(text)
+    if behind < len(text):
+        lines += text.count("\n", counted, behind)
+        raise ValueError(f"{path}:{lines}: found {found(text[behind:])} behind the list, expected the end of the file")
 
 
 def found(value) -> str:
@@ -206,8 +215,11 @@ def tokenise(path, rows, kind, tokenizer, template="papers", train_on_inputs=Fal
     ends = tokenizer.bos_id, tokenizer.eos_id
     key = json.dumps([*contents, tokenizer.fingerprint, ends, template, train_on_inputs, max_length])
     cached = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-    if cached.is_file():
-        return Dataset(*(SafetensorsFile(cached)[name].numpy() for name in ("ids", "labelled", "ends")))
+    try:
+        file = SafetensorsFile(cached)
+        return Dataset(*(file[name].numpy() for name in ("ids", "labelled", "ends")))
+    except (OSError, ValueError, KeyError):
+        pass  # not there, or damaged: made again
     bar = tqdm(rows, desc="tokenising", unit=" rows", disable=None, leave=False)
     data = Dataset.of(encode(turns(row), tokenizer, train_on_inputs, max_length) for row in bar)
     tensors = {name: torch.from_numpy(getattr(data, name)) for name in ("ids", "labelled", "ends")}

@@ -272,7 +272,7 @@ def get_data(name: str, out: Path, source: str):
             raise ValueError(f"{file.path}: {len(asked)} rows, expected {rows}; move it away, then run this again")
         print(f"overlap: {test} {sum(q in known for q in asked)} of {rows} questions stand in {train}.json too")
     base = out / MODELS["olmoe"].split("/")[1]
-    print(f"next: python train.py --base {base} --data {name} --recipe perft_paper --variant perft_r")
+    print(f"next: python train.py --variant perft_r --base {base} --dtype bfloat16 --data {name} --recipe perft_paper")
 
 
 def questions(path: Path) -> list[str]:

@@ -82,7 +82,7 @@ def last_number(words, response: str) -> str:
 
 def stated_letter(words, response: str) -> str:
     """"(?i:...)" is for the words alone: the letter is a capital. A lone A before a small word is an article."""
-    for pattern in (r"(?i:answer\s*(?:is)?\s*:?)\s*\(?([A-E])\b(?! [a-z])", r"\(([A-E])\)", r"\b([A-E])\b(?! [a-z])"):
+    for pattern in (r"(?i:answer\s*(?:is)?\s*:?)\s*\(?([A-E])\b", r"\(([A-E])\)", r"\b(A(?! [a-z])|[B-E])\b"):
         if found := re.findall(pattern, response):
             return found[-1]
     return ""

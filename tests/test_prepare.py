@@ -423,7 +423,7 @@ def test_the_command_brings_training_file_and_test_sets_and_counts_the_overlap(a
     out = capsys.readouterr().out
     assert "overlap: MultiArith 2 of 3 questions stand in math_50k.json too" in out
     assert out.count(" 0 of 3 questions") == 5 and out.count(": complete, ") == 7
-    assert f"python train.py --base {tmp_path}/OLMoE-1B-7B-0924 --data math --recipe perft_paper" in out
+    assert f"--base {tmp_path}/OLMoE-1B-7B-0924 --dtype bfloat16 --data math --recipe perft_paper" in out
     arithmetic.requests.clear()
     assert command("math", "--out", tmp_path, "--source", f"{arithmetic.url}/") == 0
     assert not arithmetic.requests and "2 of 3" in capsys.readouterr().out
