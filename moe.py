@@ -64,9 +64,7 @@ def experts_loop(x, routing, gate_up_proj, down_proj):
     """Eq. 1 as it is written: x (N, D) -> y (N, D), one expert after the other."""
     y = torch.zeros_like(x)
     for e in range(gate_up_proj.shape[0]):
-        token, slot = torch.where(
-            routing.selected_experts == e
-        )  # the tokens that chose e, and in which of their K slots
+        token, slot = torch.where(routing.selected_experts == e)  # who chose e, and in which of their K slots
         gate, up = F.linear(x[token], gate_up_proj[e]).chunk(2, dim=-1)  # (n_e, F) each
         hidden = F.silu(gate) * up * routing.routing_weights[token, slot, None]
         y = y.index_add(0, token, F.linear(hidden, down_proj[e]))
@@ -131,36 +129,80 @@ class Combine(torch.autograd.Function):
         return grad.index_select(0, token), None, None
 
 
+# torch.compile sees the product as one opaque operation of known shape: of F.grouped_mm itself it knows bfloat16 only.
+# The operation also takes no rows at all, which F.grouped_mm does not.
+
+
+@torch.library.custom_op("moe::grouped_mm", mutates_args=())
+def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, masters: torch.Tensor | None) -> torch.Tensor:
+    """a (R, in), b (E, in, out) -> (R, out): the rows of group e times b[e].
+    a (in, R), b (R, out) -> (E, in, out): the columns of group e times the rows of group e.
+
+    masters (n, in, out): take these values for b[:n]. The place of b[:n] is room to cast them into, written before each
+    use and read by nobody else: so to its callers, and to torch.compile, the operation changes none of its inputs.
+    """
+    if masters is not None:
+        b.data[: len(masters)].copy_(masters)  # .data: autograd need not know, two passes may wait for their backward
+    if not a.numel():
+        return a.new_zeros(product_shape(a, b, ends))
+    return F.grouped_mm(a, b, offs=ends)
+
+
+def product_shape(a, b, ends):
+    return (a.shape[0], b.shape[2]) if b.dim() == 3 else (ends.shape[0], a.shape[0], b.shape[1])
+
+
+@grouped_mm.register_fake
+def _(a, b, ends, masters):
+    return a.new_empty(product_shape(a, b, ends))
+
+
 class GroupedProduct(torch.autograd.Function):
     """rows (R, in), weight (E, out, in), ends (E,) -> (R, out): rows of group e times weight[e]^T.
 
     Written by hand for what it does not do: it keeps the rows only if a weight trains (a frozen expert needs its weight
     alone to pass the gradient on), and it never hands `grouped_mm` a gradient with stride 0, which it rejects.
     masters (n, out, in), where only the first n matrices train: their float32 values, which the weight takes over right
-    before it is used; the weight gradient stops after the rows of group n - 1 (esft.py).
+    before it is used, also in backward, since a sharded weight may have been gathered anew in between; the weight
+    gradient stops after the rows of group n - 1 (esft.py).
     """
 
     @staticmethod
     def forward(ctx, rows, weight, ends, masters=None):
-        if masters is not None:
-            weight.data[: len(masters)].copy_(masters)
         trains = ctx.needs_input_grad[1] or masters is not None
         ctx.save_for_backward(rows if trains else None, weight, ends, masters)
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+        return grouped_mm(rows, weight.mT, ends, None if masters is None else masters.mT)
 
     @staticmethod
     def backward(ctx, grad):
         rows, weight, ends, masters = ctx.saved_tensors
         grad = grad.contiguous().view(-1).view(grad.shape)  # the views: strides (out, 1) even where there is one row
         grad_rows = grad_weight = grad_masters = None
-        if masters is not None:
-            weight.data[: len(masters)].copy_(masters)  # a sharded weight may have been gathered anew since forward
-            grad_masters = F.grouped_mm(grad.t(), rows, offs=ends[: len(masters)]).to(masters.dtype)
         if ctx.needs_input_grad[0]:
-            grad_rows = F.grouped_mm(grad, weight, offs=ends)
+            grad_rows = grouped_mm(grad, weight, ends, masters)
         if ctx.needs_input_grad[1]:
-            grad_weight = F.grouped_mm(grad.t(), rows, offs=ends)  # (E, out, in)
+            grad_weight = grouped_mm(grad.t(), rows, ends, None)  # (E, out, in)
+        if masters is not None:
+            grad_masters = grouped_mm(grad.t(), rows, ends[: len(masters)], None).to(masters.dtype)
         return grad_rows, grad_weight, None, grad_masters
+
+
+class DispatchedProduct(torch.autograd.Function):
+    """GroupedProduct of Dispatch's rows, with a weight that trains: keeps x (N, D), not the rows, which are K times as
+    many. perft_e's way into the bottleneck (perft.py)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, token, inverse, ends):
+        ctx.save_for_backward(x, weight, token, inverse, ends)
+        return grouped_mm(x.index_select(0, token), weight.mT, ends, None)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, token, inverse, ends = ctx.saved_tensors
+        grad, grad_x = grad.contiguous().view(-1).view(grad.shape), None
+        if ctx.needs_input_grad[0]:
+            grad_x = F.embedding_bag(inverse, grouped_mm(grad, weight, ends, None), mode="sum")
+        return grad_x, grouped_mm(grad.t(), x.index_select(0, token), ends, None), None, None, None
 
 
 def experts_grouped(x, routing, gate_up_proj, down_proj, masters=(None, None)):
@@ -175,9 +217,9 @@ def experts_grouped(x, routing, gate_up_proj, down_proj, masters=(None, None)):
 
 
 def can_group(x: torch.Tensor, *widths: int) -> bool:
-    """grouped_mm takes no empty input, no float64, and rows that start at multiples of 16 bytes."""
+    """grouped_mm takes no float64, and rows that start at multiples of 16 bytes."""
     aligned = all(width * x.element_size() % 16 == 0 for width in widths)
-    return aligned and x.numel() > 0 and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Experts(nn.Module):
@@ -185,9 +227,7 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(
-            torch.empty(num_experts, 2 * intermediate_size, hidden_size)
-        )  # gate rows first
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))  # gate first
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.path = "grouped"
 
@@ -214,12 +254,13 @@ class MoE(nn.Module):
         return self.experts(flat, routing).view_as(x), routing
 
 
-def load_balancing_loss(routing: Routing, mask: torch.Tensor | None = None) -> torch.Tensor:
+def load_balancing_loss(routing: Routing, mask: torch.Tensor | None = None, load=None, tokens=None) -> torch.Tensor:
     """How unevenly a layer uses its experts: 1 when balanced, E/K when K experts take every token.
 
         E * sum over e of  f_e P_e      f_e share of the N*K choices that fell on e, P_e mean router probability of e
 
     mask (N,) or (B, T): 1 counts, 0 (padding) does not. Switch Transformer (arXiv 2101.03961), eq. 4-6, for top-K.
+    load (E,), tokens: where these tokens are a part of more, f of all and their number; the parts' losses then add up.
 
     transformers' `load_balancing_loss_func` differs twice. Its f_e is a share of the N tokens, so on one layer it is K
     times this number (minimum K). And it pools the tokens of all layers first, so that layers which each collapsed onto
@@ -228,17 +269,22 @@ def load_balancing_loss(routing: Routing, mask: torch.Tensor | None = None) -> t
     E = routing.router_logits.shape[-1]
     probs = F.softmax(routing.router_logits, dim=-1, dtype=torch.float32)  # (N, E)
     counted = torch.ones_like(probs[:, 0]) if mask is None else mask.flatten().to(probs.dtype)  # (N,)
-    used = expert_load(routing, mask)
-    return E * (used * (probs * counted[:, None]).sum(0) / counted.sum()).sum()
+    load = expert_load(routing, mask) if load is None else load
+    return E * (load * (probs * counted[:, None]).sum(0) / (counted.sum() if tokens is None else tokens)).sum()
 
 
 def expert_load(routing: Routing, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The share of the choices that fell on each expert: (E,) float32, sums to 1; no gradient."""
+    counts = expert_counts(routing, mask)
+    return counts.float() / counts.sum()
+
+
+def expert_counts(routing: Routing, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """How many of the N*K choices fell on each expert: (E,) int64."""
     E, K = routing.router_logits.shape[-1], routing.selected_experts.shape[-1]
     ids = routing.selected_experts.flatten()
     counted = torch.ones_like(ids) if mask is None else mask.flatten().to(ids.dtype).repeat_interleave(K)
-    counts = torch.zeros(E, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, counted)
-    return counts.float() / counts.sum()
+    return torch.zeros(E, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, counted)
 
 
 def main():

@@ -13,7 +13,8 @@ The unit:  lora       Delta(x) = (dropout(x) A^T) B^T * alpha / r
 
 All four are one computation with a different gate g (N, M), so one class holds them: the bottlenecks of all M adapters
 are one product x A^T (N, M*r), the gate masks it, one product with B^T leads back. All M are computed, also those that
-a token did not choose: cheaper than sorting tokens while M*r stays in the hundreds (perft_e of OLMoE, r = 16: 1,024).
+a token did not choose: cheaper than sorting tokens while M*r stays in the hundreds. perft_e has an adapter for each of
+many experts (OLMoE, r = 16: M*r = 1,024), so it sorts by expert as moe.py does, and computes the chosen ones.
 
 It is not LoRA on the experts: an adapter never touches an expert's own matrices, it stands beside the whole expert.
 So perft_e needs nothing of the expert but the router's choice and weight. For the same reason adapters (other than
@@ -52,7 +53,7 @@ from data.checkpoint import read_json, read_safetensors, write_safetensors, writ
 from data.report import report as report
 from data.report import what_trains
 from model import Config, MoETransformer, active_parameters
-from moe import MoE, Router, Routing
+from moe import Combine, DispatchedProduct, GroupedProduct, MoE, Router, Routing, can_group, sort_by_expert
 
 PERFT = ("perft_s", "perft_d", "perft_r", "perft_e")
 BASELINES = ("lora_qv", "router", "frozen_experts", "full")
@@ -79,19 +80,34 @@ class Adapters(nn.Module):
             nn.init.normal_(self.router.weight, std=0.02)
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        """sum over j of gate_j Delta_j(x): x (N, D), gate (N, M) or None for weight 1 each -> (N, D)."""
+        """sum over j of gate_j Delta_j(x): x (N, D), gate (N, M) or None for weight 1 -> (N, D). Computes all M."""
         M, r, D = self.A.shape
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        if self.kind == "lora":
-            x = F.dropout(x, self.dropout, self.training)
-        hidden = F.linear(x, A.reshape(M * r, D))  # (N, M*r), the bottlenecks of all adapters
-        if self.kind == "parallel":
-            hidden = F.silu(F.dropout(hidden, self.dropout, self.training))
-        else:
-            hidden = hidden * self.scale
+        hidden = self.bend(F.linear(self.drop(x), A.reshape(M * r, D)))  # (N, M*r), the bottlenecks of all adapters
         if gate is not None:
             hidden = hidden * gate.repeat_interleave(r, dim=1)
         return hidden @ B.transpose(1, 2).reshape(M * r, D)
+
+    def grouped(self, x: torch.Tensor, routing: Routing, experts: torch.Tensor | None) -> torch.Tensor:
+        """The same where adapter j belongs to experts[j] (None: to expert j) and the gate is the base's: computes the
+        K chosen ones, as moe.experts_grouped does."""
+        E, r = routing.router_logits.shape[1], self.A.shape[1]
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        if experts is not None:  # an expert without an adapter has one of zeros
+            A, B = (p.new_zeros(E, *p.shape[1:]).index_copy(0, experts, p) for p in (A, B))
+        A, B = F.pad(A, (0, 0, 0, -r % 8)), F.pad(B, (0, -r % 8))  # rows of 16 bytes, see can_group
+        order = sort_by_expert(routing.selected_experts, E)
+        hidden = self.bend(DispatchedProduct.apply(self.drop(x), A, order.token, order.inverse, order.ends))  # (R, r)
+        hidden = hidden * routing.routing_weights[order.token, order.slot, None]
+        return Combine.apply(GroupedProduct.apply(hidden, B, order.ends), order.token, order.inverse)
+
+    def drop(self, x):
+        return F.dropout(x, self.dropout, self.training) if self.kind == "lora" else x
+
+    def bend(self, hidden):
+        if self.kind == "lora":
+            return hidden * self.scale
+        return F.silu(F.dropout(hidden, self.dropout, self.training))
 
 
 class PerftMoE(nn.Module):
@@ -100,15 +116,18 @@ class PerftMoE(nn.Module):
     def __init__(self, base: MoE, adapters: Adapters, variant: str, adapter_weights: str, experts: list[int] | None):
         super().__init__()
         self.base, self.adapters, self.variant, self.adapter_weights = base, adapters, variant, adapter_weights
-        self.experts = experts  # perft_e: adapter j belongs to experts[j]; None: every expert has one
+        ids = None if experts is None else torch.tensor(experts, device="cpu")
+        self.register_buffer("experts", ids, persistent=False)  # perft_e: adapter j is experts[j]'s; None: all have one
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         y, routing = self.base(x)
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
+        if self.variant == "perft_e" and self.base.experts.path == "grouped" and can_group(flat, flat.shape[-1]):
+            return y + self.adapters.grouped(flat, routing, self.experts).view_as(x), routing
         gate = None  # S and D: every adapter, weight 1
         if self.variant == "perft_e":
             gate = spread(routing.routing_weights, routing.selected_experts, routing.router_logits.shape[1])
-            gate = gate if self.experts is None else gate[:, self.experts]
+            gate = gate if self.experts is None else gate.index_select(1, self.experts)
         elif self.variant == "perft_r":
             own = self.adapters.router(flat)
             weights = own.routing_weights
@@ -222,8 +241,8 @@ def apply_perft(model: MoETransformer, variant: str, **options) -> MoETransforme
             attention = block.self_attn
             for name in ("q_proj", "v_proj"):
                 lora = LoraLinear(getattr(attention, name), config.rank, config.alpha / config.rank, config.dropout)
-                setattr(attention, name, lora.to(model.norm.weight.device))
                 lora.init_weights()
+                setattr(attention, name, settle(lora, model.norm.weight.device))
     for name, p in model.named_parameters():
         if ".moe.router." in name or ".moe.base.router." in name:
             if variant == "router" or config.train_router:
@@ -242,9 +261,14 @@ def attach(moe: MoE, config: PerftConfig, base: Config, experts: list[int] | Non
     adapters = Adapters(base.hidden_size, M, config.rank, config.kind, config.alpha / config.rank, config.dropout)
     if config.variant == "perft_r":
         adapters.router = Router(base.hidden_size, M, config.top_k, base.norm_topk_prob)
-    adapters.to(moe.router.weight.device)
     adapters.init_weights(config.init)
-    return PerftMoE(moe, adapters, config.variant, config.adapter_weights, experts)
+    return settle(PerftMoE(moe, adapters, config.variant, config.adapter_weights, experts), moe.router.weight.device)
+
+
+def settle(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move what was attached, drawn on the CPU and so alike on every device, to its base. If that has no memory yet
+    (the meta device), it stays: no file will fill it later."""
+    return module if device.type == "meta" else module.to(device)
 
 
 def warnings_for(config: PerftConfig, base: Config) -> list[str]:
