@@ -27,14 +27,17 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data.checkpoint import load_checkpoint, read_json, tensor_names, write_safetensors, write_text
+from data.shard import matrices, shard
 from moe import Experts, MoE, Routing
 
 SUPPORTED = {"olmoe": "OlmoeForCausalLM", "mixtral": "MixtralForCausalLM"}
@@ -185,7 +188,8 @@ class KVCache:
 
     def __init__(self, config: Config, batch: int, length: int, like: torch.Tensor):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
-        self.keys, self.values, self.used = like.new_zeros(shape), like.new_zeros(shape), 0
+        self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.used = 0
 
     def append(self, layer: int, k, v):
         """Store k, v (B, heads, T, C) behind what is there; return all S of the layer. `used` moves once a forward."""
@@ -205,6 +209,7 @@ class Attention(nn.Module):
         super().__init__()
         c = config
         self.head_dim, self.clip_qkv = c.head_dim, c.clip_qkv
+        self.shared = c.num_attention_heads != c.num_key_value_heads  # not in forward, for torch.compile
         q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=False)
@@ -224,8 +229,7 @@ class Attention(nn.Module):
         q, k = rotary.turn(q), rotary.turn(k)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        shared = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=shared)
+        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=self.shared)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -243,20 +247,85 @@ class Block(nn.Module):
         return x + y, routing
 
 
+class CrossEntropy(torch.autograd.Function):
+    """x (n, D), weight (V, D), labels (n,) -> sum over the n rows of -log softmax(x weight^T)[label], float32.
+
+    n rows of V logits would dwarf all other activations (196 KiB a token for OLMoE). So the gradient is made in the
+    forward, CHUNK rows at a time, and the logits are dropped: what is kept is one gradient of x's own size.
+    """
+
+    CHUNK = 1024  # rows: V = 50304 then takes 0.3 GB in passing, and the products are large enough to be fast
+
+    @staticmethod
+    def forward(ctx, x, weight, labels):
+        x_trains, weight_trains, _ = ctx.needs_input_grad
+        precise = torch.promote_types(x.dtype, torch.float32)
+        loss = torch.zeros((), dtype=precise, device=x.device)
+        grad_x = torch.empty_like(x) if x_trains else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if weight_trains else None
+        for start in range(0, len(x), CrossEntropy.CHUNK):
+            part = slice(start, start + CrossEntropy.CHUNK)
+            logits, label = F.linear(x[part], weight), labels[part, None]  # (chunk, V), (chunk, 1)
+            log_probs = logits.log_softmax(-1, dtype=precise)
+            right = log_probs.gather(1, label)
+            loss -= right.sum()
+            if x_trains or weight_trains:  # d loss / d logits = softmax - 1 at the label, written over the logits
+                torch.exp(log_probs, out=logits).scatter_(1, label, right.expm1().to(logits.dtype))
+            if x_trains:
+                grad_x[part] = logits @ weight
+            if weight_trains:
+                grad_weight += logits.t() @ x[part]
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_weight = ctx.saved_tensors
+        grad_x = None if grad_x is None else (grad_x * grad).to(grad_x.dtype)
+        return grad_x, None if grad_weight is None else (grad_weight * grad).to(ctx.dtype), None
+
+
+class Head(nn.Linear):
+    """x (..., D) -> logits (..., V). With labels (n,) for x (n, D): the sum of their cross-entropies, no logits."""
+
+    def forward(self, x, labels=None):
+        if labels is None:
+            return super().forward(x)
+        weight = self.weight if torch.is_grad_enabled() else self.weight.detach()  # no gradient nobody will ask for
+        return CrossEntropy.apply(x, weight, labels)
+
+
+def labelled(labels: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """labels (B, T), -100 where there is none -> (n,) positions in the N = B*T tokens that predict one, (n,) the ids.
+
+    How many there are decides shapes: on a GPU that question waits, once a call, for the work queued before it.
+    Labels that stay on the CPU are searched there, and the result is sent without waiting.
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # position t predicts token t + 1
+    position = (following != -100).nonzero()[:, 0]
+    found = position, following[position]
+    sent = device.type == "cuda" and labels.device.type == "cpu"
+    return tuple(t.pin_memory().to(device, non_blocking=True) for t in found) if sent else found
+
+
 class Output(NamedTuple):
-    logits: torch.Tensor | None  # (B, T, V); None where labels were given: then only labelled positions were computed
+    logits: torch.Tensor | None  # (B, T, V); None where labels were given: then they are never held all together
     routings: list[Routing]  # one a layer
-    loss: torch.Tensor | None = None  # mean cross-entropy over the labels, float32
+    loss: torch.Tensor | None = None  # cross-entropy, float32: summed over the labels, over loss_divisor
 
 
 class MoETransformer(nn.Module):
+    """checkpoint_activations: keep only the inputs of the blocks, and run each again in the backward pass: less
+    memory, a third more time, the same numbers bit for bit (dropout included)."""
+
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
+        self.config, self.checkpoint_activations = config, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.init_weights()
@@ -267,34 +336,39 @@ class MoETransformer(nn.Module):
             if not p.is_meta:  # there is nothing to fill, and torch would import 800 modules to do it
                 nn.init.ones_(p) if "norm" in name else nn.init.normal_(p, std=self.config.initializer_range)
 
-    def forward(self, input_ids, attention_mask=None, labels=None, cache: KVCache | None = None, last_only=False):
+    def forward(self, input_ids, attention_mask=None, labels=None, cache: KVCache | None = None, last_only=False,
+                loss_divisor=None):  # fmt: skip
         """input_ids (B, T) int64 -> Output.
 
         attention_mask (B, S): 1 for tokens, 0 for padding on either side (S = T plus what the cache holds).
         labels (B, T): input_ids where the model is to be trained, -100 elsewhere; the shift by one happens here.
+        loss_divisor: what the sum over the labels is divided by; None: their number. A part of a step's rows (a
+        micro-batch, or one GPU's rows) takes the number of labels of all: then the losses of the parts add up.
         last_only: logits of the last position alone, (B, 1, V), which is what generation needs.
         ValueError if an id is outside the vocabulary or the sequence is longer than max_position_embeddings.
         """
         start, T = (cache.used if cache else 0), input_ids.shape[1]
         self.check_input(input_ids, start + T)
+        targets = None if labels is None else labelled(labels, input_ids.device)
         x = self.embed_tokens(input_ids)  # (B, T, D)
         positions = torch.arange(start, start + T, device=x.device)
         rotary = Rotary.at(positions, self.config, x.dtype)
         visible = (
             visible_keys(start, start + T, attention_mask, x.device) if cache or attention_mask is not None else None
         )
-        routings = []
+        routings, again = [], self.checkpoint_activations and torch.is_grad_enabled()
         for i, block in enumerate(self.layers):
-            x, routing = block(x, rotary, visible, cache, i)
+            part = partial(checkpoint, block, use_reentrant=False) if again else block
+            x, routing = part(x, rotary, visible, cache, i)
             routings.append(routing)
         if cache:
             cache.used += T
         x = self.norm(x)
         if labels is None:
             return Output(self.lm_head(x[:, -1:] if last_only else x), routings)
-        labelled = labels[:, 1:] != -100  # position t predicts token t + 1
-        logits = self.lm_head(x[:, :-1][labelled])  # (labelled tokens, V): full logits would dwarf all else
-        return Output(None, routings, F.cross_entropy(logits.float(), labels[:, 1:][labelled]))
+        position, ids = targets
+        loss = self.lm_head(x.flatten(0, 1).index_select(0, position), ids)
+        return Output(None, routings, loss / (len(ids) if loss_divisor is None else loss_divisor))
 
     def check_input(self, input_ids, length):
         limit, vocab = self.config.max_position_embeddings, self.config.vocab_size
@@ -310,17 +384,26 @@ class MoETransformer(nn.Module):
     # Files ---------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "MoETransformer":
-        """Load a Hugging Face folder, in eval mode. Each tensor goes from the mapped file to its place: memory holds
-        the model once. FileNotFoundError or ValueError, in one line, for a folder that cannot be used."""
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu", attach=None, tensors=None):
+        """Load a Hugging Face folder -> MoETransformer in eval mode. Each tensor goes from the mapped file to its
+        place: memory holds the model once; of several processes, each holds its share (data/shard.py).
+
+        attach(model): edits the model before it has memory (apply_perft, apply_esft); it is in its dtype by then.
+        tensors(model, fused): where the folder's tensors go, if attach moved them (hub_tensors).
+        FileNotFoundError or ValueError, in one line, for a folder that cannot be used.
+        """
         config = Config.from_folder(folder)
         with torch.device("meta"):  # shapes without memory
             model = cls(config)
-        model = model.to(dtype).to_empty(device=device)
+        model = model.to(dtype)
+        if attach:
+            attach(model)
+        shard(model, str(device))
+        model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
         if config.tie_word_embeddings:
-            model.lm_head.weight = model.embed_tokens.weight  # to_empty gave each its own memory
+            model.lm_head.weight = model.embed_tokens.weight  # that gave each its own memory
         fused = any(name.endswith(".experts.gate_up_proj") for name in tensor_names(folder))
-        load_checkpoint(folder, hub_tensors(model, fused))
+        load_checkpoint(folder, (tensors or hub_tensors)(model, fused))
         return model.eval()
 
     def save_pretrained(self, folder, dtype: torch.dtype | None = None):
@@ -352,6 +435,8 @@ class MoETransformer(nn.Module):
             return [[] for _ in prompts]
         if num_beams > 1 and temperature > 0:
             raise ValueError(f"num_beams {num_beams}, temperature {temperature}: beam search does not draw; choose one")
+        from data.decode import beam_search, sample  # here, since that file reads this one
+
         training = self.training
         self.eval()  # no dropout while it speaks
         if num_beams > 1:
@@ -384,118 +469,22 @@ def hub_tensors(model: MoETransformer, fused: bool = False) -> dict[str, torch.T
     moe = "block_sparse_moe" if mixtral else "mlp"
     gate_name, up_name, down_name = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     for name, p in model.named_parameters():  # a tied lm_head is not named twice
+        if ".adapters." in name or name.endswith((".A", ".B")):
+            continue  # stands beside the checkpoint's own parameters, which then are a `base`
+        name = name.replace(".base.", ".")
         name = name if name.startswith("lm_head") else f"model.{name}"
         name = name.replace("moe.router", f"{moe}.gate").replace("moe.experts", f"{moe}.experts")
         if fused or ".experts." not in name:
             tensors[name] = p.data
             continue
         experts, which = name.rsplit(".", 1)
-        for e in range(c.num_experts):
+        for e, matrix in enumerate(matrices(p.data)):
             if which == "gate_up_proj":
-                gate, up = p.data[e].chunk(2)  # gate rows first
+                gate, up = matrix.chunk(2)  # gate rows first
                 tensors[f"{experts}.{e}.{gate_name}.weight"], tensors[f"{experts}.{e}.{up_name}.weight"] = gate, up
             else:
-                tensors[f"{experts}.{e}.{down_name}.weight"] = p.data[e]
+                tensors[f"{experts}.{e}.{down_name}.weight"] = matrix
     return tensors
-
-
-# Generation ----------------------------------------------------------------------------------------------------------
-
-
-class Decoder:
-    """Prompts of different lengths, padded on the left so that their next tokens share a column, and their KV cache."""
-
-    def __init__(self, model: MoETransformer, prompts: list[list[int]], max_new_tokens: int):
-        self.model, longest, device = model, max(map(len, prompts)), model.norm.weight.device
-        model.check_input(torch.tensor([i for p in prompts for i in p]), longest + max_new_tokens)
-        self.ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-        self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * (len(p) + max_new_tokens) for p in prompts])
-        self.mask = self.mask.to(device)  # (B, S), already as long as it will be
-        self.cache = KVCache(model.config, len(prompts), self.mask.shape[1], model.norm.weight)
-
-    def next_logits(self) -> torch.Tensor:
-        """Feed `ids` (the prompts, later one new token a row) -> logits of the next token (B, V), float32."""
-        mask = self.mask[:, : self.cache.used + self.ids.shape[1]]
-        return self.model(self.ids, mask, cache=self.cache, last_only=True).logits[:, -1].float()
-
-    def select(self, rows):
-        self.mask = self.mask.index_select(0, rows)
-        self.cache.select(rows)
-
-
-@torch.no_grad()
-def sample(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=None) -> list[list[int]]:
-    """One continuation a prompt, the likeliest token each time (temperature 0) or drawn."""
-    decoder = Decoder(model, prompts, max_new_tokens)
-    eos = torch.tensor(model.config.eos_ids, dtype=torch.int64, device=decoder.ids.device)
-    generator = None if seed is None else torch.Generator(decoder.ids.device).manual_seed(seed)
-    done, new = torch.zeros(len(prompts), dtype=torch.bool, device=eos.device), []
-    for _ in range(max_new_tokens):
-        logits = decoder.next_logits()
-        if temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
-            probs[probs.cumsum(-1) - probs >= top_p] = 0  # mass before this token already reaches top_p
-            token = ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
-        new.append(token)
-        decoder.ids = token[:, None]
-        done |= torch.isin(token, eos)
-        if done.all():
-            break
-    return [before_eos(list(row), model.config.eos_ids) for row in zip(*(t.tolist() for t in new), strict=True)]
-
-
-def before_eos(ids: list[int], eos_ids: list[int]) -> list[int]:
-    end = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))
-    return ids[:end]
-
-
-@torch.no_grad()
-def beam_search(model, prompts, max_new_tokens, num_beams, length_penalty=1.0) -> list[list[int]]:
-    """The best of `num_beams` continuations a prompt, by sum of log-probabilities / length^length_penalty.
-
-    transformers' rules, token for token (early_stopping=False): a step keeps the best 2W candidates; those among the
-    best W that end are finished; the best W that do not end go on; a prompt is done when its best running beam, at its
-    present length, scores below its worst finished one.
-    """
-    B, W, V = len(prompts), num_beams, model.config.vocab_size
-    decoder = Decoder(model, prompts, max_new_tokens)
-    device, eos = decoder.ids.device, torch.tensor(model.config.eos_ids, dtype=torch.int64, device=decoder.ids.device)
-    keep = max(2, 1 + len(eos)) * W  # so many that W remain even if every end token shows up behind every beam
-    first_row = torch.arange(B, device=device)[:, None] * W  # (B, 1)
-    running = torch.zeros(B, W, 0, dtype=torch.int64, device=device)
-    scores = torch.full((B, W), -1e9, device=device)
-    scores[:, 0] = 0  # all beams start equal: let only one of them branch at the first step
-    best = torch.zeros(B, W, max_new_tokens, dtype=torch.int64, device=device)  # finished, padded with eos
-    best_scores = torch.full((B, W), -1e9, device=device)
-    hopeful = torch.ones(B, 1, dtype=torch.bool, device=device)
-    for length in range(1, max_new_tokens + 1):
-        logits = decoder.next_logits()
-        if length == 1:  # the prompt was run once; from here on W rows a prompt
-            decoder.select(torch.arange(B, device=device).repeat_interleave(W))
-            logits = logits.repeat_interleave(W, dim=0)
-        total = (logits.log_softmax(-1).view(B, W, V) + scores[:, :, None]).view(B, W * V)
-        total, candidate = total.topk(keep)  # (B, keep)
-        beam, token = candidate // V, candidate % V
-        grown = torch.cat((running.gather(1, beam[..., None].expand(-1, -1, length - 1)), token[..., None]), dim=-1)
-        ended = torch.isin(token, eos) | (length == max_new_tokens)
-
-        scores, chosen = (total - 1e9 * ended).topk(W)
-        running = grown.gather(1, chosen[..., None].expand(-1, -1, length))
-        decoder.ids = running[:, :, -1].reshape(B * W, 1)
-        decoder.select((first_row + beam.gather(1, chosen)).flatten())
-
-        finished = ended & hopeful
-        finished[:, W:] = False
-        new_scores = total / length**length_penalty - 1e9 * ~finished
-        padded = F.pad(grown, (0, max_new_tokens - length), value=model.config.eos_ids[0] if len(eos) else 0)
-        best_scores, chosen = torch.cat((best_scores, new_scores), dim=1).topk(W)
-        best = torch.cat((best, padded), dim=1).gather(1, chosen[..., None].expand(-1, -1, max_new_tokens))
-        hopeful = hopeful & (scores[:, :1] / length**length_penalty > best_scores[:, -1:])
-        if ended.all() or not hopeful.any():
-            break
-    return [before_eos(row, model.config.eos_ids) for row in best[:, 0].tolist()]
 
 
 def main():

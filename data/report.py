@@ -1,10 +1,12 @@
-"""What a run shows: the table of what trains, with shares of the base, and the heat map of ESFT's expert scores.
+"""What a run shows: the table of what trains, with shares of the base, the memory that it will take, and the heat map
+of ESFT's expert scores.
 
 A parameter that is stacked (experts [E, ., .], adapters [M, ., .]) trains as a whole, yet one token meets only K of its
 E or M parts. Both numbers are counted, from the model as it is: nothing here knows a formula, so that perft.py can hold
 the formulas of the papers against it.
 """
 
+import copy
 import re
 from html import escape
 from typing import NamedTuple
@@ -12,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from model import MoETransformer, active_parameters
+from model import CrossEntropy, MoETransformer, Rotary, active_parameters
 
 
 class Trained(NamedTuple):
@@ -65,6 +67,88 @@ def report(model: MoETransformer) -> str:
         lines.append(f"{module:40} {count:5} {shape:>16} {parameters:13,} "
                      f"{100 * parameters / total:8.3f} {100 * activated / active:8.3f}")  # fmt: skip
     return "\n".join(lines + [f"base model: {total:,} parameters, {active:,} active for a token"])
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+class Memory(NamedTuple):
+    """Bytes on one device at the peak of a step, the backward pass of the last micro-batch's last layers."""
+
+    weights: int  # frozen ones
+    trained: int  # float32 adapters, masters, or weights of the base
+    gradients: int
+    optimizer: int  # AdamW's two moments
+    gathered: int  # of several devices: the layers that are whole at a time, the one at work and the next
+    activations: int  # of a micro-batch
+    tokens: int  # of it
+
+    @property
+    def total(self) -> int:
+        return sum(self[:-1])
+
+    def __str__(self):
+        working = f"activations {self.tokens:,} tokens x {self.activations / self.tokens / 2**20:.2f} MiB ="
+        parts = {"weights": self.weights, "trains": self.trained, "gradients + AdamW": self.gradients + self.optimizer,
+                 "gathered": self.gathered, working: self.activations}  # fmt: skip
+        text = ", ".join(f"{name} {n / 1e9:,.2f}" for name, n in parts.items() if n)
+        return f"memory in GB a device: {text}, total {self.total / 1e9:,.1f}"
+
+
+def memory_estimate(model: MoETransformer, batch: int, length: int, compiled=False, devices=1) -> Memory:
+    """What a step on (batch, length) tokens will take; `model` with all that trains attached, best on "meta", before
+    its weights are loaded. Left out: the CUDA context (about 0.5 GB) and what the allocator wastes (5 to 10 %)."""
+    c, tokens, dtype = model.config, batch * length, model.norm.weight.dtype
+    everything, trained = (sum(p.nbytes for p in model.parameters() if p.requires_grad >= only) for only in (0, 1))
+    layers = [sum(p.nbytes * (1 + p.requires_grad) for p in block.parameters()) for block in model.layers]
+    root = everything - sum(p.nbytes for p in model.layers.parameters())
+    gathered = root + sum(layers[:2]) if devices > 1 else 0  # with the gradients not yet given away
+
+    kept = kept_compiled(model) if compiled else kept_by(model.layers[0], model)  # bytes a token
+    inputs, L = c.hidden_size * dtype.itemsize, c.num_hidden_layers
+    # the layers, and in passing about as much again for the one whose gradients are being made
+    activations = tokens * (L * inputs + 2 * kept if model.checkpoint_activations else (L + 1) * kept)
+    activations += tokens * (3 * inputs + 4 * c.hidden_size)  # last norm, rows with a label (all, at most), gradient
+    activations += min(tokens, CrossEntropy.CHUNK) * c.vocab_size * (4 + dtype.itemsize)  # logits in passing
+    activations += 8 * model.lm_head.weight.numel() * model.lm_head.weight.requires_grad  # its gradient, a chunk's too
+    frozen, trained = (everything - trained) // devices, trained // devices
+    return Memory(frozen, trained, trained, 2 * trained, gathered, round(activations), tokens)
+
+
+def kept_by(block: nn.Module, model: MoETransformer, tokens=(8, 24)) -> float:
+    """Bytes a token that autograd keeps of one block, found by running it on a CPU, with zeros for weights: they take
+    no memory before they are written. Two lengths, as adapters cast to the base's dtype count once, not by token."""
+    layer, c, dtype, kept = copy.deepcopy(block), model.config, model.norm.weight.dtype, []
+    layer._apply(lambda t: torch.zeros(t.shape, dtype=t.dtype, device="cpu")).train()
+    for T in tokens:
+        rotary = Rotary.at(torch.arange(T), c, dtype)
+        storages, x = {}, torch.zeros(1, T, c.hidden_size, dtype=dtype, requires_grad=True)
+
+        def note(t, storages=storages):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            out = layer(x, rotary)
+        for t in (*layer.parameters(), *layer.buffers()):
+            storages.pop(t.untyped_storage().data_ptr(), None)
+        kept.append(sum(storages.values()))
+        del out
+    return (kept[1] - kept[0]) / (tokens[1] - tokens[0])
+
+
+def kept_compiled(model: MoETransformer) -> int:
+    """The same of a compiled block: it keeps the results of matrix products and makes what lies between them again.
+    Numbers a token: the two norms' inputs; q, k, v and the attention's result; q and k before OLMoE's norms; gate and
+    up of K experts; and where weights train, the inputs of their products."""
+    c, trains = model.config, {name for name, p in model.layers[0].named_parameters() if p.requires_grad}
+    q, kv, K = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.num_experts_per_tok
+    numbers = 2 * c.hidden_size + 2 * q + 2 * kv + (q + kv) * (c.model_type == "olmoe") + 2 * K * c.intermediate_size
+    if any(".experts." in name for name in trains):
+        numbers += K * (c.hidden_size + c.intermediate_size)
+    for name, p in model.layers[0].named_parameters():  # the bottlenecks of adapters
+        numbers += p.shape[:-1].numel() if name in trains and name.endswith(".A") else 0
+    return numbers * model.norm.weight.dtype.itemsize
 
 
 # The heat map --------------------------------------------------------------------------------------------------------
