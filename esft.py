@@ -50,6 +50,7 @@ import torch.nn.functional as F
 
 from data.checkpoint import SafetensorsFile, read_json, read_safetensors, write_safetensors, write_text
 from data.report import heat_map, what_trains
+from data.shard import matrices
 from model import Config, MoETransformer, hub_tensors
 from moe import Experts, Routing, can_group, experts_grouped, experts_loop
 from perft import fingerprint, need
@@ -156,8 +157,10 @@ class ChosenExperts(nn.Module):
     def __init__(self, experts: Experts, chosen: list[int]):
         super().__init__()
         gate_up, down, n = experts.gate_up_proj.data, experts.down_proj.data, len(chosen)
-        order = torch.tensor(chosen + [e for e in range(len(down)) if e not in chosen], device=down.device)
-        self.register_buffer("position", order.argsort(), persistent=False)  # (E,) expert id -> its place in the bank
+        order = torch.tensor(chosen + [e for e in range(len(down)) if e not in chosen], device="cpu")
+        place = order.argsort() if down.is_meta else order.argsort().to(down.device)  # not meta: no file will tell it
+        self.register_buffer("position", place, persistent=False)  # (E,) expert id -> its place in the bank
+        order = order.to(down.device)
         self.gate_up_bank = nn.Parameter(gate_up[order], requires_grad=False)  # (E, 2F, D)
         self.down_bank = nn.Parameter(down[order], requires_grad=False)  # (E, D, F)
         precise = torch.promote_types(down.dtype, torch.float32)
@@ -180,8 +183,8 @@ class ChosenExperts(nn.Module):
 
     def by_expert(self) -> list[list[torch.Tensor]]:
         """gate_up_proj and down_proj as lists of E matrices, each where it lies: nothing is copied."""
-        places = self.position.tolist()
-        return [[new.data[i] if i < len(new) else bank.data[i] for i in places] for bank, new in self.pairs()]
+        stacks = [(matrices(bank.data), matrices(new.data)) for bank, new in self.pairs()]
+        return [[new[i] if i < len(new) else bank[i] for i in self.position.tolist()] for bank, new in stacks]
 
     def _apply(self, fn, recurse=True):
         """Behind .to(), .cuda(), .bfloat16(): the bank obeys, the masters move but keep their precision."""
@@ -282,14 +285,16 @@ def read_choice(path: str | Path, base: Config) -> EsftConfig:
     return config
 
 
-def current_tensors(model: MoETransformer) -> dict[str, torch.Tensor]:
-    """model.hub_tensors of a model with chosen experts: name in a Hugging Face folder -> the tensor, as it is now."""
+def current_tensors(model: MoETransformer, fused=False) -> dict[str, torch.Tensor]:
+    """model.hub_tensors of a model with chosen experts: name in a Hugging Face folder -> the tensor, as it is now.
+    ValueError for fused names: the experts of a layer do not lie together any more."""
+    need(not fused, "this folder holds stacked experts; several processes need one tensor for each: save it again")
 
     def parameters():
         yield from ((name, p) for name, p in model.named_parameters() if ".experts." not in name)
         for i, block in enumerate(model.layers):
             for name, experts in zip(("gate_up_proj", "down_proj"), block.moe.experts.by_expert()):
-                yield f"layers.{i}.moe.experts.{name}", SimpleNamespace(data=experts)  # only data[e] is asked for
+                yield f"layers.{i}.moe.experts.{name}", SimpleNamespace(data=experts)  # a list, matrix by matrix
 
     return hub_tensors(SimpleNamespace(config=model.config, named_parameters=parameters))
 

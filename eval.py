@@ -23,6 +23,7 @@ Predictions go to --out as JSON lines while they are made: a stopped evaluation 
 tasks is unweighted, as in the papers. Standard errors are those of drawing other questions, not of training again.
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -38,9 +39,11 @@ from data import skills
 from data.checkpoint import checkpoint_files, read_json, write_text
 from data.cli import Parser, count, device, from_zero, positive
 from data.dataset import DOWNLOADS, Example, encode, encode_prompt, pad_batch, read_rows
+from data.decode import Decoder
+from data.run import check_finite
 from data.tasks import GROUPS, TASKS, TEMPLATES, Task
 from data.tokenizer import load_tokenizer
-from model import Config, Decoder, MoETransformer
+from model import Config, MoETransformer
 from perft import load_adapter
 
 HERE = Path(__file__).resolve().parent
@@ -92,21 +95,25 @@ def load_trained(model: MoETransformer, folder: str | Path) -> MoETransformer:
     return load(model, folder)
 
 
-def load_base(folder: str | None, dtype="float32", device="cpu", random_weights=False):
-    """A model folder (None: the embedded one) -> (model in eval mode, tokenizer). random_weights: not its weights."""
+def load_config(folder: str | None):
+    """A model folder (None: the embedded one) -> (Config, tokenizer), which belong together and have an end token."""
     folder = folder or TINY
-    if random_weights:
-        model = MoETransformer(Config.from_folder(folder)).to(device)
-    else:
-        model = MoETransformer.from_pretrained(folder, DTYPES[dtype], device)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model "
-                         f"{model.config.vocab_size}: tokenizer.json and config.json do not belong together")
+    config, tokenizer = Config.from_folder(folder), load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: "
+                         "tokenizer.json and config.json do not belong together")  # fmt: skip
     if tokenizer.eos_id is None:
         raise ValueError(f"{folder}: no end token; give config.json an eos_token_id")
-    if model.config.eos_token_id is None:
-        model.config.eos_token_id = tokenizer.eos_id
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_id
+    return config, tokenizer
+
+
+def load_base(folder: str | None, dtype="float32", device="cpu"):
+    """A model folder (None: the embedded one) -> (model in eval mode, tokenizer)."""
+    config, tokenizer = load_config(folder)
+    model = MoETransformer.from_pretrained(folder or TINY, DTYPES[dtype], device)
+    model.config.eos_token_id = config.eos_token_id
     return model, tokenizer
 
 
@@ -119,7 +126,7 @@ def encode_pair(context: str, continuation: str, tokenizer) -> tuple[list[int], 
     kept = context.rstrip()
     context, continuation = kept, context[len(kept) :] + continuation
     before, whole = encode_prompt(context, tokenizer), encode_prompt(context + continuation, tokenizer)
-    return before, whole[len(before) :]
+    return before or [tokenizer.eos_id], whole[len(before) :]  # something must foretell the first token
 
 
 @torch.no_grad()
@@ -140,19 +147,23 @@ def log_likelihoods(model: MoETransformer, requests: list[tuple[list[int], list[
         rest = model(ids[:, :-1], mask, cache=decoder.cache).logits.float()
         logits = torch.cat((logits, rest), dim=1)  # (R, longest, V)
     losses = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(real)
-    return (-losses * real).sum(-1).tolist()
+    scores = (-losses * real).sum(-1)
+    if scores.isnan().any():
+        raise ValueError("the model's logits are not finite: did its training diverge?")
+    return scores.tolist()
 
 
-def shorten(ids: list[int], room: int) -> list[int]:
+def shorten(ids: list[int], room: int, bos_id: int | None) -> list[int]:
     """The end of a prompt that is longer than the model's positions allow: the question's last words and the cue."""
-    return ids[-max(room, 1) :]
+    begin = ids[:1] if len(ids) > room and ids[0] == bos_id else []
+    return begin + ids[-max(room - len(begin), 1) :]
 
 
 def answer_by_generation(model, tokenizer, task: Task, rows: list[dict], args) -> list[dict]:
     """Rows of a test set -> a record each: response, answer, correct, and whether the prompt had to be cut."""
     new = args.max_new_tokens or task.max_new_tokens
     prompts = [encode_prompt(task.render_eval(row, args.template), tokenizer) for row in rows]
-    kept = [shorten(ids, model.config.max_position_embeddings - new) for ids in prompts]
+    kept = [shorten(ids, model.config.max_position_embeddings - new, tokenizer.bos_id) for ids in prompts]
     records = []
     for row, ids, left, out in zip(rows, prompts, kept, model.generate(kept, new, num_beams=args.num_beams)):
         response = tokenizer.decode(out)
@@ -169,11 +180,12 @@ def answer_by_likelihood(model, tokenizer, task: Task, rows: list[dict], args) -
              [(task.render_eval(row, args.template), word) for word in task.choices(row)] for row in rows]  # fmt: skip
     encoded = [[encode_pair(context, f" {text}", tokenizer) for context, text in some] for some in pairs]
     room = model.config.max_position_embeddings - max(len(ids) for some in encoded for _, ids in some)
-    scores = iter(log_likelihoods(model, [(shorten(a, room), b) for some in encoded for a, b in some]))
+    requests = [(shorten(a, room, tokenizer.bos_id), b) for some in encoded for a, b in some]
+    scores = iter(log_likelihoods(model, requests))
     records = []
     for row, some, ids in zip(rows, pairs, encoded):
         mine, words = [next(scores) for _ in some], task.choices(row)
-        normed = [score / len(text) for score, (_, text) in zip(mine, some)]
+        normed = [score / max(len(text), 1) for score, (_, text) in zip(mine, some)]
         answer, answer_norm = (words[values.index(max(values))] for values in (mine, normed))
         right = {"correct": answer == row["answer"], "correct_norm": answer_norm == row["answer"]}
         records.append({"scores": mine, "answer": answer, **right, "cut": any(len(a) > room for a, _ in ids)})
@@ -191,6 +203,14 @@ def read_test_set(task: Task, folder: Path, limit: int | None) -> list[dict]:
     kind, rows = read_rows(path)
     if kind != "alpaca" or not all("answer" in row for row in rows):
         raise ValueError(f'{path}: not every record has an "answer"; expected rows of the LLM-Adapters test sets')
+    for row in rows:
+        try:
+            fits = row["answer"] in task.words if task.words else task.correct("0", row) in (True, False)
+        except ValueError:
+            fits = False
+        if not fits:
+            expected = " or ".join(task.words) or "a number"
+            raise ValueError(f"{path}: an answer is {row['answer']!r}, expected {expected}")
     if limit is None and len(rows) != task.rows:
         print(f"note: {path} has {len(rows)} rows, the papers' set {task.rows}")
     return rows[:limit]
@@ -203,11 +223,18 @@ def weights_identity(folder: str | Path) -> list:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
+def digest(row: dict) -> str:
+    """Which row of a test set was answered: another file's may have its number."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
+
+
 class Predictions:
     """predictions.jsonl of a folder, one line a row, and settings.json: predictions of other settings do not mix."""
 
     def __init__(self, folder: Path, settings: dict, overwrite: bool):
         self.path, self.done = folder / "predictions.jsonl", {}
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out {folder} is not a folder; choose another")
         if overwrite:
             self.path.unlink(missing_ok=True)
         elif self.path.exists():
@@ -216,12 +243,14 @@ class Predictions:
             if changed:
                 raise ValueError(f"{folder} holds predictions of other settings ({'; '.join(changed)}); choose another "
                                  "--out, or --overwrite")  # fmt: skip
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
-            write_text(self.path, "".join(whole))
+            *whole, _ = self.path.read_text(encoding="utf-8").split("\n")  # the last line may have been cut off
+            write_text(self.path, "".join(f"{line}\n" for line in whole))
             self.done = {(r["task"], r["index"]): r for r in map(json.loads, whole)}
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "settings.json", json.dumps(settings, indent=2) + "\n")
+
+    def has(self, task: str, index: int, row: dict) -> bool:
+        return self.done.get((task, index), {}).get("row") == digest(row)
 
     def add(self, records: list[dict]):
         with open(self.path, "a", encoding="utf-8") as file:
@@ -231,7 +260,7 @@ class Predictions:
 
 def predict(model, tokenizer, sets: dict[str, list[dict]], predictions: Predictions, args) -> float:
     """Answer every row that has no prediction yet, rows of like length together -> prompts a second."""
-    todo = [(name, i) for name, rows in sets.items() for i in range(len(rows)) if (name, i) not in predictions.done]
+    todo = [(name, i) for name, rows in sets.items() for i, r in enumerate(rows) if not predictions.has(name, i, r)]
     total = sum(map(len, sets.values()))
     if len(todo) < total:
         tqdm.write(f"{total - len(todo)} of {total} rows were answered before")
@@ -245,8 +274,8 @@ def predict(model, tokenizer, sets: dict[str, list[dict]], predictions: Predicti
                 indices = mine[at : at + args.batch_size]
                 batch = [rows[i] for i in indices]
                 records = METHODS[args.method](model, tokenizer, TASKS[name], batch, args)
-                gold = ({"task": name, "index": i, "gold": row["answer"]} for i, row in zip(indices, batch))
-                predictions.add([a | b for a, b in zip(gold, records)])
+                which = ({"task": name, "index": i, "row": digest(rows[i]), "gold": rows[i]["answer"]} for i in indices)
+                predictions.add([a | b for a, b in zip(which, records)])
                 bar.update(len(indices))
                 if bar.disable and (time.perf_counter() - told > 30 or at + args.batch_size >= len(mine)):
                     told = time.perf_counter()
@@ -279,12 +308,17 @@ def evaluate_sets(args, model, tokenizer, run: dict):
         raise ValueError(f"--method likelihood scores choices, {', '.join(numbers)} have none; use --method generate")
     sets = {name: read_test_set(TASKS[name], Path(args.test_dir), args.eval_rows) for name in names}
     shown = {"generate": ("num_beams", "max_new_tokens"), "likelihood": ("choices",)}[args.method]
-    settings = {"method": args.method, "template": args.template} | {key: getattr(args, key) for key in shown}
-    source = args.adapter or args.base or TINY
-    settings |= {"base": str(args.base or run.get("base") or TINY), "adapter": args.adapter, "dtype": args.dtype,
-                 "weights": weights_identity(source)}  # fmt: skip
-    out = Path(args.out or f"{args.adapter or f'out/{Path(source).name}'}/eval_{args.method}")
-    print(f"evaluation: {' '.join(f'{k}={v}' for k, v in settings.items() if k != 'weights')}")
+    settings = {"method": args.method} | {key: getattr(args, key) for key in shown}
+    if args.method == "generate":
+        settings["max_new_tokens"] = args.max_new_tokens or "papers (4, arithmetic 256)"
+    if args.choices != "texts":
+        settings["template"] = args.template
+    base = str(args.base or run.get("base") or TINY)
+    settings |= {"base": base, "adapter": args.adapter, "dtype": args.dtype}
+    settings["weights"] = [weights_identity(folder) for folder in (base, args.adapter) if folder]
+    out = Path(args.out or f"{args.adapter or f'out/{Path(base).name}'}/eval_{args.method}")
+    shown = settings | {"eval_rows": args.eval_rows or "all"}
+    print(f"evaluation: {' '.join(f'{k}={v}' for k, v in shown.items() if k != 'weights')}")
     predictions = Predictions(out, settings, args.overwrite)
     speed = predict(model, tokenizer, sets, predictions, args)
 
@@ -302,6 +336,8 @@ def evaluate_sets(args, model, tokenizer, run: dict):
         print(f"beside the mean: AQuA by the letter that is stated {100 * share:.1f} % (s.e. {100 * error:.1f})")
     if cut := sum(row["cut"] for row in table.values()):
         print(f"{cut} prompts were longer than the model's positions and lost their beginning")
+    if not speed and (out / "results.json").exists():  # nothing was left to answer
+        speed = read_json(out / "results.json").get("prompts_per_second", 0.0)
     result = {**settings, "variant": run.get("variant"), "mean": means, "tasks": table, "prompts_per_second": speed,
               "torch": torch.__version__}  # fmt: skip
     write_text(out / "results.json", json.dumps(result) + "\n")
@@ -370,15 +406,19 @@ def parse_args(argv=None):
 def evaluate(args):
     run = {}
     if args.adapter:
-        if (Path(args.adapter) / "model").is_dir():
+        saved = any((Path(args.adapter) / name).exists() for name in ("adapter_config.json", esft.CONFIG))
+        if (Path(args.adapter) / "model").is_dir() and not saved:
             raise ValueError(f"{args.adapter} holds a whole model, no adapter: use --base {args.adapter}/model")
         file = Path(args.adapter) / "config.json"  # absent where save_adapter was called by hand
         run = read_json(file) if file.exists() else {}
     args.dtype = args.dtype or run.get("dtype", "float32")
-    args.template = args.template or run.get("template") or "papers"
+    asked = args.tasks and not args.template and run.get("template") not in (None, *TEMPLATES)
+    if asked:
+        print(f"note: the run was trained on {run['template']} data; test sets are asked with --template papers")
+    args.template = args.template or (not asked and run.get("template")) or "papers"
     model, tokenizer = load_base(args.base or run.get("base"), args.dtype, args.device)
     if args.adapter:
-        load_trained(model, args.adapter)
+        check_finite(load_trained(model, args.adapter))
     if args.prompt is not None:
         ids = encode_prompt(args.prompt, tokenizer)
         new = model.generate([ids], args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
@@ -391,6 +431,8 @@ def evaluate(args):
     if names:
         accuracy = accuracies(model, tokenizer, names, rows)
     elif not args.tasks:  # as the run reported it
+        if run.get("data"):
+            raise ValueError(f"{args.adapter} was trained on --data; say what to measure: --tasks commonsense, ...")
         accuracy = accuracies(model, tokenizer, [*([task] if task else []), *skills.FAMILIES], rows, task)
     for name, value in accuracy.items():
         print(f"{name:14} {100 * value:6.1f} %")
@@ -405,7 +447,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:  # the user's input: one line, no traceback
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("stopped; answers so far are kept: the same command continues" if args.tasks else "stopped")
+        go_on = "the command without --overwrite" if args.overwrite else "the same command"
+        print(f"stopped; answers so far are kept: {go_on} continues" if args.tasks else "stopped")
         sys.exit(130)
 
 

@@ -16,24 +16,31 @@ The loss of a step:
 
     cross-entropy over the labels + c_base * balance(base routers) + c_adapter * balance(adapter routers, PERFT-R only)
 
+On several GPUs the same command stands behind torchrun, and gives the same losses (with --dropout 0, which processes
+draw differently, and a step in one part; data/shard.py):
+
+    torchrun --nproc_per_node=2 train.py --variant perft_s --base path/to/Mixtral-8x7B-v0.1 --dtype bfloat16 --data ...
+
 balance is moe.load_balancing_loss, averaged over the layers: 1 is even. The labels are the answer and the end token;
 --train_on_inputs adds the prompt, as the papers do. The base routers are frozen in most variants, yet c_base still
 moves adapters: those of earlier layers change what later routers see.
 
-A step depends on the seed and its own number only (data order, dropout), so a run that was stopped and continued with
---resume gives the numbers of one that was not.
+A step depends on the seed, its own number and the number of processes only (data order, dropout), so a run that was
+stopped and continued with --resume gives the numbers of one that was not. --micro_batch runs a step's rows in parts,
+for less memory; the parts' cross-entropies are divided by the labels of the whole step and add up. The balance loss of
+a step is then the mean of its parts', which is not quite the balance loss of the whole.
 """
 
-import argparse
+import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,203 +50,16 @@ from tqdm import tqdm
 import esft
 from data import skills
 from data.checkpoint import read_json, read_safetensors, write_safetensors, write_text
-from data.cli import Parser, count, device, from_zero, number, positive
 from data.dataset import NAMED, Dataset, epoch_batches, pad_batch, padding_share, read_rows, split, tokenise
-from data.run import InertCheck, Log, check_run_folder, check_same_run, peak_memory, state_tensors, steps_done
-from data.tasks import TEMPLATES
-from eval import DEVICE, DTYPES, TINY, TRAINED_FILES, accuracies, encode_rows, load_base
-from model import Config, MoETransformer
-from moe import Routing, expert_load, load_balancing_loss
-from perft import BASELINES, PERFT, PerftConfig, apply_perft, report, save_adapter, warnings_for
-
-ESFT = ("esft_token", "esft_gate")
-VARIANTS = (*PERFT, *ESFT, *BASELINES, "scratch")
-
-TASK_DEFAULTS = {"task": skills.DEFAULT_TARGET, "train_rows": 4000, "steps": 200, "score_rows": 500, "bind_groups": 1}
-FILE_DEFAULTS = {"epochs": 1, "max_length": 1024, "held_out": 120, "template": "papers"}
-P_DEFAULTS = {"token": 0.2, "gate": 0.1, "gate_share": 0.25}  # the first two are the paper's
-
-# The flags that only some variants take; given to another one, they are an error and not ignored.
-DATA = {"task", "train_rows", "data", "recipe", *FILE_DEFAULTS}
-LORA, UNIT = {"rank", "alpha", "dropout", "train_router"}, {"kind", "init"}
-ROUTED = {"num_adapters", "top_k", "adapter_weights", "adapter_balance"}
-CHOICE = {"experts", "p", "bind_groups", "score_rows", "train_router"}
-APPLIES = {
-    "perft_s": DATA | LORA | UNIT,
-    "perft_d": DATA | LORA | UNIT | {"num_adapters"},
-    "perft_r": DATA | LORA | UNIT | ROUTED,
-    "perft_e": DATA | LORA | UNIT | {"experts"},
-    "esft_token": DATA | CHOICE,
-    "esft_gate": DATA | CHOICE | {"gate_share"},
-    "lora_qv": DATA | LORA - {"train_router"},
-    "router": DATA,
-    "frozen_experts": DATA,
-    "full": DATA,
-    "scratch": set(),
-}
-# Defaults that differ by variant, for the embedded model: the best learning rate of the grids in assets/results.csv
-# (router, frozen_experts and scratch: one try each, not a grid).
-RECIPES = {
-    "perft_s": {"lr": 1e-3},
-    "perft_d": {"lr": 3e-4},
-    "perft_r": {"lr": 1e-3},
-    "perft_e": {"lr": 1e-3},
-    "esft_token": {"lr": 3e-3},
-    "esft_gate": {"lr": 3e-3},
-    "lora_qv": {"lr": 2e-3},
-    "router": {"lr": 5e-3},
-    "frozen_experts": {"lr": 3e-4},
-    "full": {"lr": 1e-4},
-    "scratch": {"lr": 3e-3, "steps": 8000, "batch_size": 96, "warmup": 200, "weight_decay": 0.1, "beta2": 0.98},
-}
-# The papers' settings (2411.08212 and the authors' code), beside what is the default anyway: alpha 2r, --kind lora,
-# --init paper, --dropout 0.05, AdamW (0.9, 0.999) with eps 1e-8, linear decay.
-PAPER = {"batch_size": 16, "epochs": 3, "max_length": 256, "held_out": 120, "template": "papers", "warmup": 100,
-         "train_on_inputs": True, "weight_decay": 0.0, "beta2": 0.999, "clip": 1.0}  # fmt: skip
-PAPER_BY_BASE = {"olmoe": {"lr": 1e-5, "balance": 0.01}, "mixtral": {"lr": 2e-5, "balance": 0.02}}
-SPLIT_SEED = 42  # of the rows held out, the authors' and not --seed: runs of other seeds are compared on the same rows
-
-
-def paper_recipe(variant: str, base: str | None, data: str | None) -> dict:
-    kind = Config.from_folder(base or TINY).model_type
-    lora = {"lr": 2e-5} if variant == "lora_qv" and kind == "olmoe" and data == "commonsense" else {}
-    return PAPER | PAPER_BY_BASE[kind] | lora
-
-
-def parse_args(argv=None) -> argparse.Namespace:
-    own = PerftConfig("perft_s")  # the defaults of the adapter flags stand there
-    parser = Parser(description=__doc__.split("\n\n")[0], usage="python train.py --variant NAME [options]")
-    add = parser.add_argument
-    add("--variant", choices=VARIANTS, required=True, metavar="NAME", help=f"what trains: {', '.join(VARIANTS)}")
-
-    group = parser.add_argument_group("model and task")
-    add = group.add_argument
-    add("--base", metavar="DIR", help="model folder (data/tiny_olmoe)")
-    tasks = [*skills.TARGETS, *skills.FAMILIES]
-    add("--task", choices=tasks, metavar="NAME", help=f"what to learn ({TASK_DEFAULTS['task']}): {', '.join(tasks)}")
-    rows = TASK_DEFAULTS["train_rows"]
-    add("--train_rows", type=count, metavar="N", help=f"draws of the task that training cycles through ({rows})")
-    inputs = "labels on the prompt too, not only on the answer"
-    add("--train_on_inputs", action=argparse.BooleanOptionalAction, default=False, help=inputs)
-    add("--dtype", choices=DTYPES, default="float32", help="of the base, adapters are float32 always (float32)")
-    add("--device", type=device, metavar="NAME", default=DEVICE, help="cpu, cuda, cuda:1 ... (%(default)s)")
-    add("--threads", type=count, metavar="N", help="CPU threads of torch (its own choice if not given)")
-
-    group = parser.add_argument_group("data instead of a task: a file, or what data/prepare.py downloaded")
-    add, file = group.add_argument, FILE_DEFAULTS
-    add("--data", metavar="FILE", help="commonsense, math, or JSON (lines) of alpaca or messages records")
-    add("--recipe", choices=("perft_paper",), help="the papers' settings as defaults, for the base's kind: see PAPER")
-    add("--epochs", type=count, metavar="N", help=f"times through the data; --steps overrides ({file['epochs']})")
-    add("--max_length", type=count, metavar="N", help=f"tokens a row is cut to, on the right ({file['max_length']})")
-    add("--template", choices=TEMPLATES, help=f"of alpaca records' prompts ({file['template']})")
-    add("--held_out", type=number(int, 0), metavar="N", help=f"rows kept out to measure on ({file['held_out']})")
-
-    group = parser.add_argument_group("adapters (which apply depends on the variant)")
-    add = group.add_argument
-    add("--rank", type=count, metavar="N", help=f"r, width of an adapter ({own.rank})")
-    add("--alpha", type=from_zero, metavar="X", help="scale is alpha/r (2r)")
-    add("--num_adapters", type=count, metavar="N", help=f"M of perft_d and perft_r ({own.num_adapters})")
-    add("--top_k", type=count, metavar="N", help=f"K of perft_r ({own.top_k})")
-    add("--kind", choices=("lora", "parallel"), help=f"adapter unit ({own.kind})")
-    add("--init", choices=("paper", "lora"), help=f"adapter weights at the start ({own.init})")
-    add("--adapter_weights", choices=("own", "base"), help=f"perft_r: which router weighs ({own.adapter_weights})")
-    add("--dropout", type=from_zero, metavar="X", help=f"on the adapter's input ({own.dropout})")
-    add("--train_router", action="store_true", default=None, help="also train the pretrained routers")
-
-    group = parser.add_argument_group("experts (esft_token, esft_gate; --experts also perft_e)")
-    add = group.add_argument
-    by_kind = ", ".join(f"{kind} {p}" for kind, p in P_DEFAULTS.items())
-    add("--p", type=positive, metavar="X", help=f"score that a layer's choice reaches ({by_kind})")
-    add("--gate_share", action="store_true", default=None, help="esft_gate: scores as shares of their layer's sum")
-    add("--experts", metavar="FILE", help="this expert_cfg.json's choice; esft: or 'random', as many drawn by --seed")
-    add("--bind_groups", type=count, metavar="N", help="choose whole groups of N experts, a control for the grain (1)")
-    add("--score_rows", type=count, metavar="N", help=f"rows read for the scores ({TASK_DEFAULTS['score_rows']})")
-
-    group = parser.add_argument_group("optimisation (AdamW, warm-up, then linear decay to 0)")
-    add = group.add_argument
-    add("--lr", type=positive, metavar="X", help="peak learning rate (by variant: see RECIPES in this file)")
-    add("--steps", type=count, metavar="N", help=f"optimiser steps ({TASK_DEFAULTS['steps']}; --data: as --epochs)")
-    add("--batch_size", type=count, metavar="N", default=64, help="rows a step (%(default)s)")
-    add("--warmup", type=count, metavar="N", default=20, help="steps of warm-up (%(default)s)")
-    add("--weight_decay", type=from_zero, metavar="X", default=0.0, help="on matrices that train (%(default)s)")
-    add("--beta2", type=from_zero, metavar="X", default=0.999, help="AdamW's memory of squared gradients (%(default)s)")
-    add("--clip", type=positive, metavar="X", default=1.0, help="largest gradient norm (%(default)s)")
-    add("--balance", type=from_zero, metavar="X", help="c_base (router_aux_loss_coef of the base's config)")
-    add("--adapter_balance", type=from_zero, metavar="X", help="c_adapter of perft_r (the same)")
-    add("--seed", type=number(int, 0), metavar="N", default=0, help="of weights, row order, dropout (%(default)s)")
-
-    group = parser.add_argument_group("run")
-    add = group.add_argument
-    add("--out", metavar="DIR", help="run folder (out/VARIANT)")
-    add("--overwrite", action="store_true", help="replace the run that the folder holds")
-    add("--resume", action="store_true", help="continue the run that the folder holds")
-    add("--log_every", type=count, metavar="N", default=20, help="steps a line (%(default)s)")
-    add("--save_every", type=count, metavar="N", default=50, help="steps between states to resume from (%(default)s)")
-    add("--eval_rows", type=count, metavar="N", default=500, help="test rows of the task, a fifth of it for families")
-
-    known = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**RECIPES[known.variant])
-    if known.recipe:
-        if not known.data or known.variant not in (*PERFT, *BASELINES):
-            parser.error("--recipe perft_paper is for --data, with a PERFT variant or one of its baselines")
-        try:
-            parser.set_defaults(**paper_recipe(known.variant, known.base, known.data))
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
-        if known.steps:
-            parser.set_defaults(epochs=None)
-    args = parser.parse_args(argv)
-    for flag in sorted(set().union(*APPLIES.values()) - APPLIES[args.variant]):
-        if getattr(args, flag) is not None:
-            takes = ", ".join(v for v in VARIANTS if flag in APPLIES[v])
-            parser.error(f"--{flag} does not apply to --variant {args.variant}; it applies to {takes}")
-    fill_defaults(parser, args)
-    args.out = args.out or f"out/{args.variant}"
-    check_run_folder(parser, Path(args.out), args.resume, args.overwrite)
-    return args
-
-
-def fill_defaults(parser, args):
-    """What was not given and applies: the values that will be in force, so that the configuration says them."""
-    applies, given = APPLIES[args.variant], {flag for flag, value in vars(args).items() if value is not None}
-    defaults = TASK_DEFAULTS | {"p": P_DEFAULTS[score_kind(args)]}
-    if args.data:
-        defaults |= FILE_DEFAULTS | {"task": None, "train_rows": None, "steps": None}
-        if args.steps:
-            defaults["epochs"] = None
-        if clash := [flag for flag in ("task", "train_rows") if flag in given]:
-            parser.error(f"--{clash[0]} does not apply to --data, which brings its own rows")
-        if args.steps and args.epochs:
-            parser.error("--steps and --epochs: choose one")
-    elif clash := sorted(FILE_DEFAULTS.keys() & given):
-        parser.error(f"--{clash[0]} applies to --data only")
-    if args.variant in (*PERFT, *BASELINES):
-        options = given & PerftConfig.__dataclass_fields__.keys() - {"experts"}  # that is a file name still
-        try:
-            defaults |= asdict(PerftConfig(**{name: getattr(args, name) for name in options}))
-        except ValueError as error:
-            parser.error(str(error))
-    for flag in (applies | {"steps"}) & defaults.keys():
-        if getattr(args, flag) is None:
-            setattr(args, flag, defaults[flag])
-    if args.kind == "parallel" and "alpha" in given:
-        parser.error("--alpha does not apply to --kind parallel, which has no scale")
-    if args.variant in ESFT and args.experts not in (None, "random"):
-        if chosen_by := [flag for flag in ("p", "bind_groups", "gate_share") if flag in given]:
-            parser.error(f"--{chosen_by[0]} does not apply: the choice is that of --experts {args.experts}")
-        args.p = args.bind_groups = None
-    if args.variant == "perft_e" and args.experts == "random":
-        parser.error("--experts random is a control for esft_token and esft_gate; perft_e takes a file")
-    if args.variant in ("scratch", "full", "frozen_experts") and args.dtype != "float32":
-        parser.error(f"--dtype {args.dtype} with --variant {args.variant}: weights of the base train, so it is float32")
-    if args.beta2 >= 1:
-        parser.error(f"--beta2 {args.beta2}: must be below 1")
-
-
-def score_kind(args) -> str:
-    """Which of esft's scores the variant goes by."""
-    return "token" if args.variant == "esft_token" else "gate_share" if args.gate_share else "gate"
-
+from data.flags import ESFT, SPLIT_SEED, parse_args, score_kind
+from data.report import Memory, memory_estimate
+from data.run import InertCheck, Log, check_finite, check_same_run, peak_memory, state_tensors, steps_done
+from data.shard import RANK, WORLD, meet, micro_batches, shard, start, stop, total, whole
+from data.tokenizer import Tokenizer
+from eval import DTYPES, TINY, TRAINED_FILES, accuracies, encode_rows, load_base, load_config
+from model import MoETransformer, hub_tensors
+from moe import Routing, expert_counts, load_balancing_loss
+from perft import PerftConfig, apply_perft, report, save_adapter, warnings_for
 
 # Data ----------------------------------------------------------------------------------------------------------------
 
@@ -250,6 +70,7 @@ class Data(NamedTuple):
     train: Dataset | None
     held_out: Dataset | None = None  # of --data
     notes: tuple[str, ...] = ()
+    sha256: str | None = None  # of the file
 
 
 def load_data(args, tokenizer, positions: int) -> Data:
@@ -263,13 +84,16 @@ def load_data(args, tokenizer, positions: int) -> Data:
     if args.data in NAMED and not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; download it with: python data/prepare.py {args.data}")
     kind, rows = read_rows(path)
-    args.template = args.template if kind == "alpaca" else "chat"
+    if kind == "messages" and args.template:
+        raise ValueError(f"{path}: holds messages, which have one form; --template {args.template} does not apply")
+    args.template = "chat" if kind == "messages" else args.template or "papers"
     whole = tokenise(path, rows, kind, tokenizer, args.template, args.train_on_inputs, args.max_length)
     usable, (train, held_out) = whole.trains(), split(len(rows), args.held_out, SPLIT_SEED)
     train, held_out = (whole.take([i for i in some if usable[i]]) for some in (train, held_out))
     if not len(train):
         raise ValueError(f"{path}: of {len(rows)} rows none is left to train on: {args.held_out} are held out, "
-                         f"{(~usable).sum()} have no label within --max_length {args.max_length}")  # fmt: skip
+                         f"{(~usable).sum()} have no label within --max_length {args.max_length}; lower --held_out or "
+                         "raise --max_length")  # fmt: skip
     cuts = epoch_batches(train.lengths(), args.batch_size, f"{args.seed} 0")
     args.steps = args.steps or args.epochs * len(cuts)
     cut = (whole.ids[whole.ends - 1] != tokenizer.eos_id).sum()
@@ -280,13 +104,15 @@ def load_data(args, tokenizer, positions: int) -> Data:
         f"{100 * padding_share(train.lengths(), cuts):.1f} % padding; {len(cuts):,} steps are an epoch",
     )
     if cut:
+        lost = " (with --train_on_inputs, one that lost its whole answer stays)" if args.train_on_inputs else ""
         notes += (f"      {cut:,} rows lost their end to --max_length {args.max_length}; {(~usable).sum():,} of them "
-                  "had no label left and were dropped",)  # fmt: skip
-    return Data(train, held_out if len(held_out) else None, notes)
+                  f"had no label left and were dropped{lost}",)  # fmt: skip
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Data(train, held_out if len(held_out) else None, notes, digest)
 
 
 def batches(args, data: Data, tokenizer, start: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The batches from step `start` on, for ever: (input_ids, labels, mask), each (B, T); see `pad_batch`.
+    """The batches from step `start` on, for ever: (input_ids, labels, mask), each (B, T), on the CPU; see `pad_batch`.
 
     An epoch is every row once, see `epoch_batches`. Pre-training is not sorted by length (nor repeated: its epoch is 16
     batches of new rows): like length is like family there, and the balance loss would spread each family over all
@@ -300,7 +126,7 @@ def batches(args, data: Data, tokenizer, start: int) -> Iterator[tuple[torch.Ten
         lengths = examples.lengths() if data.train else [0] * len(examples)
         cuts = epoch_batches(lengths, args.batch_size, seed, window=16 if data.train else 0)
         for cut in cuts[start - epoch * per_epoch if epoch == start // per_epoch else 0 :]:
-            yield pad_batch([examples[i] for i in cut], tokenizer.pad_id, args.device)
+            yield pad_batch([examples[i] for i in cut], tokenizer.pad_id, "cpu")
 
 
 @torch.no_grad()
@@ -308,7 +134,7 @@ def held_out_loss(model, held_out: Dataset, args, pad_id: int) -> float:
     """Mean cross-entropy over the labels of the held-out rows."""
     model.eval()
     total = labels_seen = 0
-    for cut in epoch_batches(held_out.lengths(), args.batch_size, "held out"):
+    for cut in epoch_batches(held_out.lengths(), args.micro_batch or args.batch_size, "held out"):
         input_ids, labels, _ = pad_batch([held_out[i] for i in cut], pad_id, args.device)
         n = (labels[:, 1:] != -100).sum().item()
         total, labels_seen = total + n * model(input_ids, labels=labels).loss.item(), labels_seen + n
@@ -323,8 +149,13 @@ def learning_rate(step: int, args) -> float:
     return args.lr * min((step + 1) / args.warmup, (args.steps - step) / max(args.steps - args.warmup, 1), 1.0)
 
 
-def mean_balance(routings: list[Routing], mask) -> torch.Tensor:
-    return torch.stack([load_balancing_loss(routing, mask) for routing in routings]).mean()
+def mean_balance(routings: list[Routing], mask, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balance loss, mean of the layers, of a part of a step's `tokens` (parts add up) -> it, and (L, E) choices counted
+    over all processes. The shares f are those of all processes and the loss is linear in P: their parts sum exactly."""
+    counts = total(torch.stack([expert_counts(routing, mask) for routing in routings]))  # (L, E)
+    loads = counts.float() / counts.sum(-1, keepdim=True)
+    losses = [load_balancing_loss(routing, mask, load, tokens) for routing, load in zip(routings, loads)]
+    return torch.stack(losses).mean(), counts
 
 
 def make_optimizer(model, args) -> torch.optim.AdamW:
@@ -343,33 +174,82 @@ def make_optimizer(model, args) -> torch.optim.AdamW:
 # The run -------------------------------------------------------------------------------------------------------------
 
 
-def build(args):
-    """The model with what trains, ready to train, the tokenizer, the data, what to print of it, what to write of it."""
-    model, tokenizer = load_base(args.base, args.dtype, args.device, random_weights=args.variant == "scratch")
-    data = load_data(args, tokenizer, model.config.max_position_embeddings)
-    torch.manual_seed(args.seed % 2**63)
+class Built(NamedTuple):
+    model: MoETransformer  # with what trains
+    tokenizer: Tokenizer
+    data: Data
+    notes: list[str]  # to print
+    write_scores: Callable  # ESFT's, of (model, folder)
+    estimate: Memory
+
+
+def build(args) -> Built:
+    """All that a run needs. What trains is attached before the model has memory, so that of several processes none ever
+    holds the whole."""
+    config, tokenizer = load_config(args.base)
+    data = load_data(args, tokenizer, config.max_position_embeddings)
+    notes, write_scores = [], lambda model, folder: None
     if args.variant == "scratch":
-        model.init_weights()
-        model.requires_grad_(True)
-        return model, tokenizer, data, [], lambda folder: None
+        with torch.device("meta"):
+            shapes = MoETransformer(config)
+        memory = estimate(shapes, args, data)
+        torch.manual_seed(args.seed % 2**63)
+        model = MoETransformer(config).requires_grad_(True)  # every process draws it all, and keeps its share
+        shard(model, args.device)
+        return Built(model.to(args.device), tokenizer, data, notes, write_scores, memory)
     if args.variant in ESFT:
-        return model, tokenizer, data, *choose_experts(args, model, tokenizer, data)
-    options = {k: v for k, v in vars(args).items() if k in PerftConfig.__dataclass_fields__ and v is not None}
-    if args.experts:
-        options["experts"] = esft.read_choice(args.experts, model.config).experts
-    apply_perft(model, **options)
-    notes = [f"warning: {note}" for note in warnings_for(model.adapter_config, model.config)]
-    return model, tokenizer, data, notes, lambda folder: None
+        model = load_base(args.base, args.dtype, args.device)[0]
+        choice, notes, usage, write_scores = choose_experts(args, model, tokenizer, data)
+        also = bool(args.train_router) or choice.train_router, choice.train_non_experts
+
+        def attach(model):
+            return esft.apply_esft(model, choice.experts, *also)
+    else:
+        options = {k: v for k, v in vars(args).items() if k in PerftConfig.__dataclass_fields__ and v is not None}
+        if args.experts:
+            options["experts"] = esft.read_choice(args.experts, config).experts
+
+        def attach(model):
+            torch.manual_seed(args.seed % 2**63)  # adapters start alike on every device, on every number of devices
+            return apply_perft(model, **options)
+
+    with torch.device("meta"):
+        shapes = attach(MoETransformer(config).to(DTYPES[args.dtype]))
+    memory = estimate(shapes, args, data)
+    if args.variant in ESFT and WORLD == 1:
+        attach(model)
+    else:
+        tensors = esft.current_tensors if args.variant in ESFT else hub_tensors
+        model = None  # the one that was scored
+        model = MoETransformer.from_pretrained(args.base or TINY, DTYPES[args.dtype], args.device, attach, tensors)
+        model.config.eos_token_id = config.eos_token_id
+    if args.variant in ESFT:
+        notes.append(esft.report(model, usage))
+    else:
+        notes += [f"warning: {note}" for note in warnings_for(model.adapter_config, config)]
+    return Built(model, tokenizer, data, notes, write_scores, memory)
+
+
+def estimate(model, args, data: Data) -> Memory:
+    """Say how much memory a step will take; before there are weights (ESFT: it must read some rows to choose)."""
+    rows = min(args.micro_batch or args.batch_size, -(-args.batch_size // WORLD))
+    length = max(data.train.lengths()) if data.train else 64  # scratch: about the longest of its rows
+    model.checkpoint_activations = args.checkpoint_activations
+    memory = memory_estimate(model, rows, length, args.compile, WORLD)
+    print(memory)
+    return memory
 
 
 def choose_experts(args, model, tokenizer, data: Data):
-    """ESFT: score the experts on rows of the task, choose (or take the choice given), let the chosen train."""
+    """ESFT: score the experts on rows of the task and choose, or take the choice given -> it, what to print, how the
+    experts are used, and what writes the scores into a folder."""
     kind = score_kind(args)
     if args.data:
         examples = [data.train[i] for i in range(min(args.score_rows, len(data.train)))]
     else:
         examples = encode_rows(skills.sample(args.task, "train", args.score_rows, args.seed), tokenizer)
-    cuts = [examples[i : i + args.batch_size] for i in range(0, len(examples), args.batch_size)]
+    rows = args.micro_batch or args.batch_size
+    cuts = [examples[i : i + rows] for i in range(0, len(examples), rows)]
     usage = esft.collect(model, (pad_batch(cut, tokenizer.pad_id, args.device) for cut in cuts))
     scores = esft.expert_scores(*usage, model.config.num_experts_per_tok, kind)
     if args.experts not in (None, "random"):
@@ -379,25 +259,28 @@ def choose_experts(args, model, tokenizer, data: Data):
         if args.experts == "random":
             chosen = esft.random_experts(chosen, model.config.num_experts, args.seed)
         choice = esft.EsftConfig(chosen)
-    esft.apply_esft(model, choice.experts, bool(args.train_router) or choice.train_router, choice.train_non_experts)
-    notes = [*(f"warning: {note}" for note in notes), esft.report(model, usage)]
+    notes = [f"warning: {note}" for note in notes]
     how = {"task": args.task or args.data, "kind": kind, "p": args.p, "experts": args.experts or "by score"}
-    return notes, lambda folder: esft.save_scores(model, folder, usage, scores, **how)
+    return choice, notes, usage, lambda model, folder: esft.save_scores(model, folder, usage, scores, **how)
 
 
 def train(args):
     if args.threads:
         torch.set_num_threads(args.threads)
+    args.compile = args.device.startswith("cuda") if args.compile is None else args.compile
     out, scratch = Path(args.out), args.variant == "scratch"
-    model, tokenizer, data, notes, write_scores = build(args)
+    model, tokenizer, data, notes, write_scores, memory = build(args)
     args.balance = model.config.router_aux_loss_coef if args.balance is None else args.balance
     if args.variant == "perft_r" and args.adapter_balance is None:
         args.adapter_balance = model.config.router_aux_loss_coef
+    if args.warmup >= args.steps:
+        reached = learning_rate(args.steps - 1, args)
+        notes.append(f"warning: --warmup {args.warmup} is not shorter than the run: its last rate is {reached:.1e}")
     optimizer = make_optimizer(model, args)
     base = os.path.abspath(args.base) if args.base else None  # a path that holds from everywhere
     file = args.data if args.data in NAMED else args.data and os.path.abspath(args.data)
-    config = vars(args) | {"base": base, "data": file, "torch": torch.__version__}
-    config["base_config"] = model.config.to_dict()
+    config = vars(args) | {"base": base, "data": file, "data_sha256": data.sha256, "world": WORLD}
+    config |= {"torch": torch.__version__, "base_config": model.config.to_dict()}
     if args.resume:
         check_same_run(read_json(out / "config.json"), config)
         read_safetensors(out / "state.safetensors", state_tensors(model, optimizer))
@@ -411,17 +294,23 @@ def train(args):
     out.mkdir(parents=True, exist_ok=True)  # from here on files are written, and a run that is replaced is lost
     log = Log(out / "metrics.jsonl", first if args.resume else None)
     if not args.resume:
-        for old in ("state.safetensors", *TRAINED_FILES):
+        for old in ("state.safetensors", *TRAINED_FILES) if RANK == 0 else ():
             (out / old).unlink(missing_ok=True)
-        write_scores(out)
+        if RANK == 0:  # what belonged to the run that is replaced: a scratch run's model, what was measured of it
+            shutil.rmtree(out / "model", ignore_errors=True)
+            for old in out.glob("eval_*"):
+                shutil.rmtree(old, ignore_errors=True)
+        write_scores(model, out)
         write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
         log.write(before.text("before"), event="before", **before.record)
     run_steps(args, model, tokenizer, data, optimizer, first, log)
+    check_finite(model)
     if scratch:
         model.save_pretrained(out / "model", torch.bfloat16)
-        for file in Path(args.base or TINY).glob("tokenizer*.json"):
+        for file in Path(args.base or TINY).glob("tokenizer*.json") if RANK == 0 else ():
             shutil.copy(file, out / "model")
         saved = out / "model" / "model.safetensors"
+        meet()
         read_back = MoETransformer.from_pretrained(out / "model", device=args.device)
         model.load_state_dict(read_back.state_dict())  # what is reported is what is in the file
     elif args.variant in ESFT:
@@ -430,9 +319,14 @@ def train(args):
     else:
         save_adapter(model, out)
         saved = out / "adapter_model.safetensors"
+    meet()  # the first process has written it
     after = measure(model, tokenizer, data, args)
     log.write(after.text("after"), event="after", **after.record)
-    (out / "state.safetensors").unlink(missing_ok=True)
+    if RANK == 0:
+        (out / "state.safetensors").unlink(missing_ok=True)
+    peak = {"peak": peak_memory(args.device), "estimate": memory.total}
+    log.write(f"memory: at most {peak['peak'] / 1e9:.2f} GB, {memory.total / 1e9:.2f} were estimated without the "
+              "libraries' own", event="memory", **peak, **memory._asdict())  # fmt: skip
     size = saved.stat().st_size
     log.write(f"saved {saved} ({size:,} bytes)", event="saved", file=str(saved), bytes=size)
 
@@ -447,6 +341,7 @@ class Measured(NamedTuple):
         return self.line.format(when)
 
 
+@torch.compiler.set_stance("force_eager")  # a few batches, of other lengths: not worth a graph
 def measure(model, tokenizer, data: Data, args) -> Measured:
     """--task: accuracy on it, and how much of the pre-training families is still there. --data: held-out loss."""
     if args.data:
@@ -475,73 +370,92 @@ def run_steps(args, model, tokenizer, data: Data, optimizer, first: int, log: Lo
     trained = [p for p in model.parameters() if p.requires_grad]
     inert = InertCheck(model)
     warned = args.variant == "perft_r" and warnings_for(model.adapter_config, model.config)
+    model.checkpoint_activations = args.checkpoint_activations
+    if args.compile:  # each block by itself, equal blocks share their graphs; what is measured runs as it is written
+        torch._dynamo.config.recompile_limit = 64  # ESFT: a graph for each number of experts that a layer may train
+        for block in model.layers:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
     model.train()
     source = batches(args, data, tokenizer, first)
     per_epoch = args.steps // args.epochs if args.epochs else 0
-    tokens, since = 0, time.perf_counter()
+    seen, since = 0, time.perf_counter()
     print("  step cross-entropy  balance        lr grad norm  tokens/s    memory   load")
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None, leave=False)
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=RANK > 0 or None, leave=False)
     for step in bar:
-        torch.manual_seed((args.seed * 1_000_003 + step) % 2**63)  # dropout: the step's own, resumed or not
-        input_ids, labels, mask = next(source)
+        torch.manual_seed((args.seed * 1_000_003 + step + RANK * 7_919) % 2**63)  # dropout: the step's own
+        batch = next(source)
+        labels_in_step, tokens = int((batch[1][:, 1:] != -100).sum()), int(batch[2].sum())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        output = model(input_ids, labels=labels)
-        balance = mean_balance(output.routings, mask)
-        loss = output.loss + args.balance * balance
-        adapters = [routing.adapter for routing in output.routings if routing.adapter is not None]
-        adapter_balance = mean_balance(adapters, mask) if adapters else None
-        if adapters:
-            loss = loss + args.adapter_balance * adapter_balance
-        loss.backward()
+        sums = torch.zeros(3, device=args.device)  # cross-entropy, balance, adapters' balance
+        counts = adapter_counts = 0
+        for input_ids, labels, mask in micro_batches(batch, args.micro_batch or args.batch_size):
+            input_ids, mask = input_ids.to(args.device), mask.to(args.device)  # labels are sorted out on the CPU
+            output = model(input_ids, labels=labels, loss_divisor=labels_in_step)
+            balance, chosen = mean_balance(output.routings, mask, tokens)
+            loss, counts, parts = output.loss + args.balance * balance, counts + chosen, [output.loss, balance]
+            if adapters := [routing.adapter for routing in output.routings if routing.adapter is not None]:
+                balance, chosen = mean_balance(adapters, mask, tokens)
+                loss, adapter_counts = loss + args.adapter_balance * balance, adapter_counts + chosen
+                parts.append(balance)
+            (loss * WORLD).backward()  # sharded gradients are averaged over the processes, and should be summed
+            sums[: len(parts)] += torch.stack(parts).detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
         if step < first + 2:
-            inert.watch(output.routings)
+            inert.watch(counts)
+        done = step + 1
+        log_now, save_now = done % args.log_every == 0 or done == args.steps, done % args.save_every == 0
+        if log_now or save_now:  # before the step: what is saved is whole
+            cross_entropy, balance, adapter_balance = total(sums).tolist()
+            if not math.isfinite(cross_entropy + balance + adapter_balance + whole(grad_norm).item()):
+                raise ValueError(f"step {done}: the loss is {cross_entropy}, the gradient's norm "
+                                 f"{whole(grad_norm).item()}; try a lower --lr (it is {args.lr})")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad()
-        tokens += int(mask.sum())
+        seen += tokens
         if step == first + 1:
             inert.verdict("adapters.router" if warned else None)
 
-        done = step + 1
-        log_now, save_now = done % args.log_every == 0 or done == args.steps, done % args.save_every == 0
-        if (log_now or save_now) and not torch.isfinite(loss):
-            raise ValueError(f"step {done}: the loss is {loss.item()}; try a lower --lr (it is {args.lr})")
         if log_now:
-            load = [expert_load(routing, mask).tolist() for routing in output.routings]
+            load = counts / counts.sum(-1, keepdim=True)
             record = {
-                "cross_entropy": output.loss.item(),
-                "balance": balance.item(),
+                "cross_entropy": cross_entropy,
+                "balance": balance,
                 "lr": learning_rate(step, args),
-                "grad_norm": grad_norm.item(),
-                "tokens_per_second": tokens / (time.perf_counter() - since),
+                "grad_norm": whole(grad_norm).item(),
+                "tokens_per_second": seen / (time.perf_counter() - since),
                 "memory": peak_memory(args.device),
-                "largest_load": max(max(layer) for layer in load),
+                "largest_load": load.max().item(),
             }
             r = list(record.values())
             line = f"{done:6} {r[0]:13.4f} {r[1]:8.3f} {r[2]:9.2e} {r[3]:9.3f} {r[4]:9,.0f} {r[5] / 1e9:6.2f} GB"
             line += f" {r[6]:6.3f}"
-            if adapters:
-                record["adapter_balance"] = adapter_balance.item()
-                record["adapter_load"] = [expert_load(routing, mask).tolist() for routing in adapters]
-                line += f"   adapters: balance {record['adapter_balance']:.3f}"
-            log.write(line, event="step", step=done, **record, expert_load=load)
-            tokens, since = 0, time.perf_counter()
+            if args.variant == "perft_r":
+                record["adapter_balance"] = adapter_balance
+                record["adapter_load"] = (adapter_counts / adapter_counts.sum(-1, keepdim=True)).tolist()
+                line += f"   adapters: balance {adapter_balance:.3f}"
+            log.write(line, event="step", step=done, **record, expert_load=load.tolist())
+            seen, since = 0, time.perf_counter()
         if per_epoch and data.held_out and done % per_epoch == 0 and done < args.steps:
             epoch = measure(model, tokenizer, data, args)
             log.write(epoch.text(f"after epoch {done // per_epoch}"), event="epoch", step=done, **epoch.record)
             model.train()
         if save_now and done < args.steps:
+            check_finite(model)
             write_safetensors(Path(args.out) / "state.safetensors", state_tensors(model, optimizer))
     model.eval()
 
 
 def main(argv=None):
     args = parse_args(argv)
+    args.device = start(args.device)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process speaks for all)
     try:
         train(args)
+        stop()
     except (ValueError, OSError) as error:  # the user's input: one line, no traceback
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if RANK == 0 else f"error in process {RANK}: {error}")
     except KeyboardInterrupt:
         saved = Path(args.out, "state.safetensors").exists()
         print(f"stopped; {'continue with --resume' if saved else 'nothing was saved, begin again with --overwrite'}")

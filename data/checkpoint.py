@@ -11,8 +11,10 @@ tensor is a view of the map. The header may lie, so every number in it is checke
 ValueError or a FileNotFoundError of one line: where, what, what to do.
 
 Writing goes to a temporary name beside the target, which is then renamed: a reader sees the old file or the new one.
+Of several processes (data/shard.py) each reads only the shares that it holds, and the first one writes.
 """
 
+import io
 import json
 import mmap
 import os
@@ -23,6 +25,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from data.shard import RANK, copy_into, whole
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -176,13 +180,13 @@ def load_checkpoint(folder: str | Path, places: dict[str, torch.Tensor]):
 def copy_all(source, files, names, places):
     check_all(source, files, names, places)
     total = sum(place.nbytes for place in places.values())
-    large = total > SHOW_PROGRESS_FROM
+    large = total > SHOW_PROGRESS_FROM and RANK == 0
     if large and not sys.stderr.isatty():
         print(f"loading {total / 1e9:.1f} GB from {source} ...", file=sys.stderr, flush=True)
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=None if large else True) as bar:
         for file in files:
             for name in file:
-                places[name].copy_(file[name])
+                copy_into(places[name], file[name])
                 bar.update(places[name].nbytes)
                 file.forget()
 
@@ -233,8 +237,10 @@ def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], dtype:
     def write(file):
         file.write(len(head).to_bytes(8, "little") + head)
         for t in tensors.values():
-            t = t.detach().to("cpu", dtype or t.dtype).contiguous()
-            file.write(t.view(-1).view(torch.uint8).numpy().data if t.numel() else b"")
+            t = whole(t).detach()
+            if RANK == 0:
+                t = t.to("cpu", dtype or t.dtype).contiguous()
+                file.write(t.view(-1).view(torch.uint8).numpy().data if t.numel() else b"")
 
     write_atomically(path, write)
 
@@ -244,7 +250,9 @@ def write_text(path: str | Path, text: str):
 
 
 def write_atomically(path: str | Path, write):
-    temporary = Path(f"{path}.tmp")
+    if RANK > 0:  # `write` may gather what it writes, which takes all processes
+        return write(io.BytesIO())
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # two runs may write the same file, each for itself
     try:
         with open(temporary, "wb") as file:
             write(file)

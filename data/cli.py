@@ -1,6 +1,7 @@
 """argparse with help that reads like a page, mistakes in one line, and the number types of this project's flags."""
 
 import argparse
+import os
 from functools import partial
 
 
@@ -9,7 +10,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=110), **options)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n" if first else None)
 
 
 def number(kind, lowest, above=False):
@@ -33,6 +35,8 @@ def device(name: str) -> str:
     import torch
 
     try:
+        if name == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:  # each process looks at its own, see data/shard.py
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
         raise argparse.ArgumentTypeError(f"{name} is not available here; try cpu") from None

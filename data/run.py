@@ -5,6 +5,7 @@ run is unfinished state.safetensors: the trained parameters and AdamW's moments.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from data.checkpoint import write_text
-from moe import Routing
+from data.shard import RANK, whole
 
 
 def check_run_folder(parser, out: Path, resume: bool, overwrite: bool):
@@ -33,14 +34,15 @@ def check_run_folder(parser, out: Path, resume: bool, overwrite: bool):
 
 def check_same_run(then: dict, now: dict):
     """A run is continued with the flags it was begun with."""
-    free = {"resume", "overwrite", "out", "log_every", "save_every", "threads", "torch"}
+    free = {"resume", "overwrite", "out", "log_every", "save_every", "threads", "torch", "world", "device"}
     changed = [f"{k} {then.get(k)!r} then, {v!r} now" for k, v in now.items() if k not in free and then.get(k) != v]
     if changed:
         raise ValueError(f"--resume continues a run as it was begun; changed: {'; '.join(changed)}")
 
 
 class Log:
-    """metrics.jsonl: one JSON object a line; and the same on the screen, above the progress bar."""
+    """metrics.jsonl: one JSON object a line; and the same on the screen, above the progress bar. Of several processes
+    the first writes."""
 
     def __init__(self, path: Path, keep_until: int | None):
         kept = []
@@ -49,7 +51,7 @@ class Log:
             whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
             kept = [line for line in whole if json.loads(line).get("step", 0) <= keep_until]
         write_text(path, "".join(kept))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+        self.file = open(path if RANK == 0 else os.devnull, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
 
     def write(self, text: str, **record):
         tqdm.write(text)
@@ -69,6 +71,14 @@ def state_tensors(model, optimizer) -> dict[str, torch.Tensor]:
 
 def steps_done(optimizer) -> int:
     return int(next(iter(optimizer.state.values()))["step"])
+
+
+def check_finite(model):
+    """ValueError if training made a number that is none. Of several processes all find out together."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    bad = [name for name, p in trained if not whole(p.detach()).isfinite().all()]
+    if bad:
+        raise ValueError(f"{len(bad)} trained tensors are not finite, {bad[0]} is one: training diverged; lower --lr")
 
 
 def peak_memory(device: str) -> int:
@@ -94,10 +104,11 @@ class InertCheck:
         self.chosen = getattr(getattr(model, "adapter_config", None), "experts", None) or []
         self.reached = [False] * len(self.chosen)
 
-    def watch(self, routings: list[Routing]):
-        self.silent = {n: p for n, p in self.silent.items() if p.grad is None or not p.grad.any()}
+    def watch(self, counts: torch.Tensor):
+        """After a backward pass; counts (L, E): how often the step's tokens chose each expert."""
+        self.silent = {n: p for n, p in self.silent.items() if p.grad is None or not whole(p.grad).any()}
         for i, ids in enumerate(self.chosen):
-            self.reached[i] |= not set(ids).isdisjoint(routings[i].selected_experts.unique().tolist())
+            self.reached[i] |= counts[i][ids].sum().item() > 0
 
     def verdict(self, expected: str | None):
         """ValueError naming the tensors still without one; names that contain `expected` were warned about before."""

@@ -21,11 +21,11 @@ import perft
 import train
 from data import skills
 from data.checkpoint import SafetensorsFile
+from data.flags import VARIANTS
 from data.tokenizer import load_tokenizer
 from esft import apply_esft
 from eval import encode_rows, load_base, pad_batch
 from model import Config, MoETransformer
-from moe import Routing
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -81,7 +81,7 @@ def metrics(folder, event=None):
 
 def numbers(folder):
     """What a run logged, without what the clock and the machine decide."""
-    free = ("tokens_per_second", "memory", "file")
+    free = ("tokens_per_second", "memory", "file", "peak")
     return [{k: v for k, v in line.items() if k not in free} for line in metrics(folder)]
 
 
@@ -121,7 +121,7 @@ def test_the_screen_tells_the_run_in_order_and_the_files_hold_its_numbers(run, c
         shown = [float(text.replace(",", "")) for text in row[1:]]
         assert shown == pytest.approx(values, rel=6e-3, abs=6e-3)
 
-    assert [line["event"] for line in metrics(folder)] == ["before", "step", "step", "step", "after", "saved"]
+    assert [line["event"] for line in metrics(folder)] == ["before", *["step"] * 3, "after", "memory", "saved"]
     for when in ("before", "after"):
         (line,) = metrics(folder, when)
         assert list(line["accuracy"]) == ["kinship_new", *skills.FAMILIES]
@@ -573,16 +573,22 @@ def failure(*flags, main=train.main):
 @pytest.mark.parametrize("breakage", ["one layer is detached", "every layer is multiplied by 0"])
 def test_adapters_that_are_attached_but_inert_stop_the_run_after_two_steps(run, monkeypatch, variant, breakage):
     """Two real faults, built into the adapter: its output no longer leads back to it. The error names the tensors."""
-    real, calls = perft.Adapters.forward, []
+    name = "grouped" if variant == "perft_e" else "forward"
+    real, calls, build = getattr(perft.Adapters, name), [], train.build
 
-    def forward(self, x, gate):
-        y = real(self, x, gate)
+    def forward(self, *args):
+        y = real(self, *args)
         calls.append(self)
         if breakage == "every layer is multiplied by 0":
             return y * 0
         return y if self is calls[0] else y.detach()  # the first layer's works
 
-    monkeypatch.setattr(perft.Adapters, "forward", forward)
+    def built(args):
+        run = build(args)
+        monkeypatch.setattr(perft.Adapters, name, forward)  # not before: estimating memory runs a layer too
+        return run
+
+    monkeypatch.setattr(train, "build", built)
     with pytest.raises(SystemExit) as stopped:
         run(variant, "--adapter_balance", 0) if variant == "perft_r" else run(variant)
     message = stopped.value.code
@@ -664,7 +670,7 @@ def test_a_wrong_command_is_told_in_one_line_with_exit_code_2(flags, base, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("variant", train.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_each_variant_refuses_each_flag_that_does_not_apply_and_takes_the_others(variant, base, tmp_path, capsys):
     """Against the table of the README, written down here a second time."""
     lora, unit = ["rank", "alpha", "dropout"], ["kind", "init", "train_router"]
@@ -810,8 +816,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_no_adapter(run, tmp_p
     with pytest.raises(SystemExit) as stopped:
         run("perft_s", "--lr", 1e30)
     message = stopped.value.code
-    assert re.fullmatch(r"error: step \d: the loss is (nan|inf); try a lower --lr \(it is 1e\+30\)", message)
+    said = r"error: step \d: the loss is (\S+), the gradient's norm (\S+); try a lower --lr \(it is 1e\+30\)"
+    assert {"nan", "inf"} & set(re.fullmatch(said, message).groups())
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+    with pytest.raises(SystemExit) as stopped:  # finite in its one step, and no number after it
+        run("perft_s", "--lr", 1e38, "--steps", 1, "--warmup", 1, "--init", "lora", out="last")
+    assert "not finite" in stopped.value.code or "the loss is" in stopped.value.code
+    assert not (tmp_path / "last" / "adapter_model.safetensors").exists()
 
 
 def test_a_mistake_in_a_shell_is_one_line_on_stderr_without_a_traceback(tmp_path):
@@ -843,11 +854,11 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(run, base, tmp_
 def test_chosen_experts_that_no_token_reached_are_not_called_inert(base):
     """A layer is excused from the check exactly while its chosen experts got no token."""
     model = apply_esft(MoETransformer.from_pretrained(base), [[0]] * L)
-    ids = torch.zeros(1, 2, dtype=torch.int64)
-    nobody, somebody = Routing(None, None, ids + 1), Routing(None, None, ids)
-    for routings, excused in (([nobody] * L, True), ([somebody] * L, False)):
+    nobody, somebody = torch.ones(L, E), torch.ones(L, E)
+    nobody[:, 0] = 0
+    for counts, excused in ((nobody, True), (somebody, False)):
         check = train.InertCheck(model)
-        check.watch(routings)
+        check.watch(counts)
         if excused:
             check.verdict(None)
         else:
