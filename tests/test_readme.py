@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import perft
-import train
-from data import skills
+from data import flags, skills
 from model import Config, MoETransformer, active_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +28,7 @@ def commands(text):
     downloaded, and without the benchmark, which takes minutes."""
     lines = [line.split("#")[0] for _, block in BLOCK.findall(text) for line in block.splitlines()]
     parts = [part.strip() for line in lines for part in line.split("&&")]
-    elsewhere = "path/to/", "downloads", "prepare.py", "bench", "RUN"
+    elsewhere = "path/to/", "downloads", "prepare.py", "bench", "commonsense"
     return [part for part in parts if part.startswith("python ") and not any(word in part for word in elsewhere)]
 
 
@@ -161,13 +160,13 @@ def test_a_table_of_what_trains_in_the_readme_is_the_one_that_the_default_run_pr
 
 
 def test_the_options_of_each_variant_are_those_it_takes():
-    """The README's table against train.APPLIES; "also" and "as" mean the options of perft_s too."""
+    """The README's table against flags.APPLIES; "also" and "as" mean the options of perft_s too."""
     rows = re.findall(r"^\| `(\w+)` \| .*? \| (.*?) ?\|$", README, re.M)
     told = {variant: set(re.findall(r"--(\w+)", cell)) for variant, cell in rows}
     for variant, cell in rows:
         if cell.startswith("also") or "perft_s" in cell:
             told[variant] |= told["perft_s"]
-    assert told == {variant: set(train.APPLIES[variant]) - train.DATA for variant in train.VARIANTS}
+    assert told == {variant: set(flags.APPLIES[variant]) - flags.DATA for variant in flags.VARIANTS}
 
 
 def test_the_results_are_the_means_and_ranges_of_the_runs():
