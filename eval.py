@@ -51,6 +51,10 @@ TINY = HERE / "data" / "tiny_olmoe"
 TINY = str(TINY.relative_to(Path.cwd()) if TINY.is_relative_to(Path.cwd()) else TINY)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRAINED_FILES = ("adapter_config.json", "adapter_model.safetensors", esft.CONFIG, esft.WEIGHTS, *esft.PICTURES)
+EVAL_FILES = ("predictions.jsonl", "results.json", "settings.json")  # of a folder RUN/eval_METHOD
+# What a run folder may hold beside config.json and metrics.jsonl: what --overwrite removes, and nothing else.
+RUN_FILES = ("state.safetensors", *TRAINED_FILES, "model/config.json", "model/model.safetensors",
+             *(f"eval_{method}/{name}" for method in ("generate", "likelihood") for name in EVAL_FILES))  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -407,7 +411,7 @@ def evaluate(args):
     run = {}
     if args.adapter:
         saved = any((Path(args.adapter) / name).exists() for name in ("adapter_config.json", esft.CONFIG))
-        if (Path(args.adapter) / "model").is_dir() and not saved:
+        if (Path(args.adapter) / "model/model.safetensors").exists() and not saved:
             raise ValueError(f"{args.adapter} holds a whole model, no adapter: use --base {args.adapter}/model")
         file = Path(args.adapter) / "config.json"  # absent where save_adapter was called by hand
         run = read_json(file) if file.exists() else {}

@@ -56,7 +56,7 @@ from data.report import Memory, memory_estimate
 from data.run import InertCheck, Log, check_finite, check_same_run, peak_memory, state_tensors, steps_done
 from data.shard import RANK, WORLD, meet, micro_batches, shard, start, stop, total, whole
 from data.tokenizer import Tokenizer
-from eval import DTYPES, TINY, TRAINED_FILES, accuracies, encode_rows, load_base, load_config
+from eval import DTYPES, RUN_FILES, TINY, accuracies, encode_rows, load_base, load_config
 from model import MoETransformer, hub_tensors
 from moe import Routing, expert_counts, load_balancing_loss
 from perft import PerftConfig, apply_perft, report, save_adapter, warnings_for
@@ -294,12 +294,8 @@ def train(args):
     out.mkdir(parents=True, exist_ok=True)  # from here on files are written, and a run that is replaced is lost
     log = Log(out / "metrics.jsonl", first if args.resume else None)
     if not args.resume:
-        for old in ("state.safetensors", *TRAINED_FILES) if RANK == 0 else ():
+        for old in RUN_FILES if RANK == 0 else ():
             (out / old).unlink(missing_ok=True)
-        if RANK == 0:  # what belonged to the run that is replaced: a scratch run's model, what was measured of it
-            shutil.rmtree(out / "model", ignore_errors=True)
-            for old in out.glob("eval_*"):
-                shutil.rmtree(old, ignore_errors=True)
         write_scores(model, out)
         write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
         log.write(before.text("before"), event="before", **before.record)

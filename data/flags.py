@@ -12,7 +12,7 @@ from data import skills
 from data.cli import Parser, count, device, from_zero, number, positive
 from data.run import check_run_folder
 from data.tasks import TEMPLATES
-from eval import DEVICE, DTYPES, TINY
+from eval import DEVICE, DTYPES, RUN_FILES, TINY
 from model import Config
 from perft import BASELINES, PERFT, PerftConfig
 
@@ -172,7 +172,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             parser.error(f"--{flag} does not apply to --variant {args.variant}; it applies to {takes}")
     fill_defaults(parser, args)
     args.out = args.out or f"out/{args.variant}"
-    check_run_folder(parser, Path(args.out), args.resume, args.overwrite)
+    check_run_folder(parser, Path(args.out), args.resume, args.overwrite, RUN_FILES)
     return args
 
 

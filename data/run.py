@@ -16,8 +16,9 @@ from data.checkpoint import write_text
 from data.shard import RANK, whole
 
 
-def check_run_folder(parser, out: Path, resume: bool, overwrite: bool):
-    """Nothing that a user has is lost: parser.error unless the folder is free, or the flags say what to do with it."""
+def check_run_folder(parser, out: Path, resume: bool, overwrite: bool, written: tuple[str, ...]):
+    """Nothing that a user has is lost: parser.error unless the folder is free of what a run writes there (`written`),
+    or holds a run and the flags say what to do with it."""
     unfinished = (out / "state.safetensors").exists()
     if out.exists() and not out.is_dir():
         parser.error(f"--out {out} is not a folder; choose another")
@@ -25,8 +26,9 @@ def check_run_folder(parser, out: Path, resume: bool, overwrite: bool):
         parser.error("--resume and --overwrite: choose one")
     if resume and not unfinished:
         parser.error(f"{out} holds no unfinished run to resume (no state.safetensors); drop --resume")
-    if (out / "config.json").exists() and not (out / "metrics.jsonl").exists():
-        parser.error(f"{out} holds files that are not of a run (a model folder?); choose another --out")
+    others = [name for name in ("config.json", *written) if (out / name).exists()]
+    if others and not (out / "metrics.jsonl").exists():
+        parser.error(f"{out} holds {others[0]}, but no run (a model folder, an adapter?); choose another --out")
     if (out / "metrics.jsonl").exists() and not (resume or overwrite):
         go_on = "continue it with --resume, " if unfinished else ""
         parser.error(f"{out} already holds a run: {go_on}replace it with --overwrite, or choose another --out")
