@@ -40,7 +40,7 @@ from data.checkpoint import checkpoint_files, read_json, write_text
 from data.cli import Parser, count, device, from_zero, positive
 from data.dataset import DOWNLOADS, Example, encode, encode_prompt, pad_batch, read_rows
 from data.decode import Decoder
-from data.run import check_finite
+from data.run import changes, check_finite, whole_lines
 from data.tasks import GROUPS, TASKS, TEMPLATES, Task
 from data.tokenizer import load_tokenizer
 from model import Config, MoETransformer
@@ -138,10 +138,10 @@ def log_likelihoods(model: MoETransformer, requests: list[tuple[list[int], list[
     """log p(continuation | context) of each pair of id lists. A context that several share is run once."""
     contexts = list(dict.fromkeys(tuple(context) for context, _ in requests))
     place = {context: i for i, context in enumerate(contexts)}
-    decoder = Decoder(model, [list(context) for context in contexts], max(len(ids) for _, ids in requests))
+    longest = max(len(ids) for _, ids in requests)
+    decoder = Decoder(model, [list(context) for context in contexts], longest)
     device = decoder.ids.device
     owner = torch.tensor([place[tuple(context)] for context, _ in requests], device=device)  # (R,)
-    longest = max(len(ids) for _, ids in requests)
     ids = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids in requests], device=device)  # (R, longest)
     real = torch.tensor([[1.0] * len(ids) + [0.0] * (longest - len(ids)) for _, ids in requests], device=device)
     logits = decoder.next_logits()[owner][:, None]  # (R, 1, V): the context foretells the first token
@@ -242,12 +242,10 @@ class Predictions:
         if overwrite:
             self.path.unlink(missing_ok=True)
         elif self.path.exists():
-            then = read_json(folder / "settings.json")
-            changed = [f"{k} {then.get(k)!r} then, {v!r} now" for k, v in settings.items() if then.get(k) != v]
-            if changed:
-                raise ValueError(f"{folder} holds predictions of other settings ({'; '.join(changed)}); choose another "
-                                 "--out, or --overwrite")  # fmt: skip
-            *whole, _ = self.path.read_text(encoding="utf-8").split("\n")  # the last line may have been cut off
+            if changed := changes(read_json(folder / "settings.json"), settings):
+                raise ValueError(f"{folder} holds predictions of other settings ({changed}); choose another --out, or "
+                                 "--overwrite")  # fmt: skip
+            whole = whole_lines(self.path)
             write_text(self.path, "".join(f"{line}\n" for line in whole))
             self.done = {(r["task"], r["index"]): r for r in map(json.loads, whole)}
         folder.mkdir(parents=True, exist_ok=True)
@@ -314,7 +312,8 @@ def evaluate_sets(args, model, tokenizer, run: dict):
     shown = {"generate": ("num_beams", "max_new_tokens"), "likelihood": ("choices",)}[args.method]
     settings = {"method": args.method} | {key: getattr(args, key) for key in shown}
     if args.method == "generate":
-        settings["max_new_tokens"] = args.max_new_tokens or "papers (4, arithmetic 256)"
+        limits = {group: TASKS[tasks[0]].max_new_tokens for group, tasks in GROUPS.items()}  # the papers'
+        settings["max_new_tokens"] = args.max_new_tokens or limits
     if args.choices != "texts":
         settings["template"] = args.template
     base = str(args.base or run.get("base") or TINY)
@@ -411,7 +410,7 @@ def evaluate(args):
     run = {}
     if args.adapter:
         saved = any((Path(args.adapter) / name).exists() for name in ("adapter_config.json", esft.CONFIG))
-        if (Path(args.adapter) / "model/model.safetensors").exists() and not saved:
+        if (Path(args.adapter) / "model").is_dir() and not saved:
             raise ValueError(f"{args.adapter} holds a whole model, no adapter: use --base {args.adapter}/model")
         file = Path(args.adapter) / "config.json"  # absent where save_adapter was called by hand
         run = read_json(file) if file.exists() else {}

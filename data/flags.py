@@ -21,7 +21,7 @@ VARIANTS = (*PERFT, *ESFT, *BASELINES, "scratch")
 
 TASK_DEFAULTS = {"task": skills.DEFAULT_TARGET, "train_rows": 4000, "steps": 200, "eval_rows": 500, "score_rows": 500,
                  "bind_groups": 1}  # fmt: skip
-FILE_DEFAULTS = {"epochs": 1, "max_length": 1024, "held_out": 120}
+FILE_DEFAULTS = {"epochs": 1, "max_length": 1024, "held_out": 120}  # held out: as many as the papers
 P_DEFAULTS = {"token": 0.2, "gate": 0.1, "gate_share": 0.25}  # the first two are the paper's
 
 # The flags that only some variants take; given to another one, they are an error and not ignored.
@@ -58,8 +58,8 @@ RECIPES = {
     "scratch": {"lr": 3e-3, "steps": 8000, "batch_size": 96, "warmup": 200, "weight_decay": 0.1, "beta2": 0.98},
 }
 # The papers' settings (2411.08212 and the authors' code), beside what is the default anyway: alpha 2r, --kind lora,
-# --init paper, --dropout 0.05, AdamW (0.9, 0.999) with eps 1e-8, linear decay.
-PAPER = {"batch_size": 16, "epochs": 3, "max_length": 256, "held_out": 120, "warmup": 100, "train_on_inputs": True,
+# --init paper, --dropout 0.05, --held_out 120, AdamW (0.9, 0.999) with eps 1e-8, linear decay.
+PAPER = {"batch_size": 16, "epochs": 3, "max_length": 256, "warmup": 100, "train_on_inputs": True,
           "weight_decay": 0.0, "beta2": 0.999, "clip": 1.0}  # fmt: skip
 PAPER_BY_BASE = {"olmoe": {"lr": 1e-5, "balance": 0.01}, "mixtral": {"lr": 2e-5, "balance": 0.02}}
 SPLIT_SEED = 42  # of the rows held out, the authors' and not --seed: runs of other seeds are compared on the same rows

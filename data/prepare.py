@@ -38,11 +38,14 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is on it instead
+
+from data.tasks import GROUPS  # noqa: E402
+
 SOURCE = "https://github.com/AGI-Edgerunners/LLM-Adapters/raw/main"
 HUB = "https://huggingface.co"
 MODELS = {"olmoe": "allenai/OLMoE-1B-7B-0924", "mixtral": "mistralai/Mixtral-8x7B-v0.1"}
-COMMONSENSE = ["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"]
-MATH = ["MultiArith", "gsm8k", "AddSub", "AQuA", "SingleEq", "SVAMP"]
+COMMONSENSE, MATH = GROUPS["commonsense"], GROUPS["math"]  # names of test sets
 DATA = {  # name on the command line: (training file, test sets)
     "commonsense": ("commonsense_170k", COMMONSENSE),
     "math": ("math_50k", MATH), "math_10k": ("math_10k", MATH), "math_14k": ("math_14k", MATH),

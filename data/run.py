@@ -37,9 +37,18 @@ def check_run_folder(parser, out: Path, resume: bool, overwrite: bool, written: 
 def check_same_run(then: dict, now: dict):
     """A run is continued with the flags it was begun with."""
     free = {"resume", "overwrite", "out", "log_every", "save_every", "threads", "torch", "world", "device"}
-    changed = [f"{k} {then.get(k)!r} then, {v!r} now" for k, v in now.items() if k not in free and then.get(k) != v]
-    if changed:
-        raise ValueError(f"--resume continues a run as it was begun; changed: {'; '.join(changed)}")
+    if changed := changes(then, {k: v for k, v in now.items() if k not in free}):
+        raise ValueError(f"--resume continues a run as it was begun; changed: {changed}")
+
+
+def changes(then: dict, now: dict) -> str:
+    """What differs in the settings of a continued work, "" if nothing does."""
+    return "; ".join(f"{k} {then.get(k)!r} then, {v!r} now" for k, v in now.items() if then.get(k) != v)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """Of JSON lines that are written as the work goes on: all but a last one that was cut off."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines: a text may hold U+2028
 
 
 class Log:
@@ -49,10 +58,8 @@ class Log:
     def __init__(self, path: Path, keep_until: int | None):
         kept = []
         if keep_until is not None:  # resuming: lines after the saved state will be written again
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
-            kept = [line for line in whole if json.loads(line).get("step", 0) <= keep_until]
-        write_text(path, "".join(kept))
+            kept = [line for line in whole_lines(path) if json.loads(line).get("step", 0) <= keep_until]
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self.file = open(path if RANK == 0 else os.devnull, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
 
     def write(self, text: str, **record):

@@ -341,7 +341,8 @@ def test_a_response_may_hold_any_character_and_is_read_back(ask, model_and_token
 
 
 CHANGES = [
-    (["--num_beams", 2], "num_beams 4 then, 2 now"), (["--max_new_tokens", 3], "arithmetic 256)' then, 3 now"),
+    (["--num_beams", 2], "num_beams 4 then, 2 now"),
+    (["--max_new_tokens", 3], "{'commonsense': 4, 'math': 256} then, 3 now"),
     (["--template", "plain"], "template 'papers' then, 'plain' now"),
     (["--dtype", "bfloat16"], "dtype 'float32' then, 'bfloat16' now"),
 ]  # fmt: skip
