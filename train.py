@@ -31,8 +31,6 @@ for less memory; the parts' cross-entropies are divided by the labels of the who
 a step is then the mean of its parts', which is not quite the balance loss of the whole.
 """
 
-import hashlib
-import itertools
 import json
 import math
 import os
@@ -40,7 +38,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,96 +48,16 @@ from tqdm import tqdm
 import esft
 from data import skills
 from data.checkpoint import read_json, read_safetensors, write_safetensors, write_text
-from data.dataset import NAMED, Dataset, epoch_batches, pad_batch, padding_share, read_rows, split, tokenise
-from data.flags import ESFT, SPLIT_SEED, parse_args, score_kind
+from data.dataset import NAMED, Data, Dataset, batches, encode_rows, epoch_batches, load_data, pad_batch
+from data.flags import ESFT, parse_args, score_kind
 from data.report import Memory, memory_estimate
 from data.run import InertCheck, Log, check_finite, check_same_run, peak_memory, state_tensors, steps_done
 from data.shard import RANK, WORLD, meet, micro_batches, shard, start, stop, total, whole
 from data.tokenizer import Tokenizer
-from eval import DTYPES, RUN_FILES, TINY, accuracies, encode_rows, load_base, load_config
+from eval import DTYPES, RUN_FILES, TINY, accuracies, load_base, load_config
 from model import MoETransformer, hub_tensors
 from moe import Routing, expert_counts, load_balancing_loss
 from perft import PerftConfig, apply_perft, report, save_adapter, warnings_for
-
-# Data ----------------------------------------------------------------------------------------------------------------
-
-
-class Data(NamedTuple):
-    """What a run trains on. `train` is None for scratch, whose rows never end."""
-
-    train: Dataset | None
-    held_out: Dataset | None = None  # of --data
-    notes: tuple[str, ...] = ()
-    sha256: str | None = None  # of the file
-
-
-def load_data(args, tokenizer, positions: int) -> Data:
-    """The rows of --task or --data as token ids. Fills in args.steps, where --epochs says how many."""
-    if args.variant == "scratch":
-        return Data(None)
-    if not args.data:
-        rows = skills.sample(args.task, "train", args.train_rows, args.seed)
-        return Data(Dataset.of(encode_rows(rows, tokenizer, args.train_on_inputs)))
-    path, args.max_length = NAMED.get(args.data, Path(args.data)), min(args.max_length, positions)
-    if args.data in NAMED and not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; download it with: python data/prepare.py {args.data}")
-    kind, rows = read_rows(path)
-    if kind == "messages" and args.template:
-        raise ValueError(f"{path}: holds messages, which have one form; --template {args.template} does not apply")
-    args.template = "chat" if kind == "messages" else args.template or "papers"
-    whole = tokenise(path, rows, kind, tokenizer, args.template, args.train_on_inputs, args.max_length)
-    usable, (train, held_out) = whole.trains(), split(len(rows), args.held_out, SPLIT_SEED)
-    train, held_out = (whole.take([i for i in some if usable[i]]) for some in (train, held_out))
-    if not len(train):
-        raise ValueError(f"{path}: of {len(rows)} rows none is left to train on: {args.held_out} are held out, "
-                         f"{(~usable).sum()} have no label within --max_length {args.max_length}; lower --held_out or "
-                         "raise --max_length")  # fmt: skip
-    cuts = epoch_batches(train.lengths(), args.batch_size, f"{args.seed} 0")
-    args.steps = args.steps or args.epochs * len(cuts)
-    cut = (whole.ids[whole.ends - 1] != tokenizer.eos_id).sum()
-    notes = (
-        f"data: {path}, {len(rows):,} {kind} rows: {len(train):,} train, {len(held_out):,} are held out (drawn by "
-        f"seed {SPLIT_SEED})",
-        f"      {len(train.ids):,} tokens, {100 * train.labelled.mean():.1f} % of them labels; batches hold "
-        f"{100 * padding_share(train.lengths(), cuts):.1f} % padding; {len(cuts):,} steps are an epoch",
-    )
-    if cut:
-        lost = " (with --train_on_inputs, one that lost its whole answer stays)" if args.train_on_inputs else ""
-        notes += (f"      {cut:,} rows lost their end to --max_length {args.max_length}; {(~usable).sum():,} of them "
-                  f"had no label left and were dropped{lost}",)  # fmt: skip
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Data(train, held_out if len(held_out) else None, notes, digest)
-
-
-def batches(args, data: Data, tokenizer, start: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The batches from step `start` on, for ever: (input_ids, labels, mask), each (B, T), on the CPU; see `pad_batch`.
-
-    An epoch is every row once, see `epoch_batches`. Pre-training is not sorted by length (nor repeated: its epoch is 16
-    batches of new rows): like length is like family there, and the balance loss would spread each family over all
-    experts.
-    """
-    per_epoch = -(-len(data.train) // args.batch_size) if data.train else 16
-    for epoch in itertools.count(start // per_epoch):
-        seed, examples = f"{args.seed} {epoch}", data.train
-        if examples is None:
-            examples = encode_rows(skills.mixture(16 * args.batch_size, seed), tokenizer, args.train_on_inputs)
-        lengths = examples.lengths() if data.train else [0] * len(examples)
-        cuts = epoch_batches(lengths, args.batch_size, seed, window=16 if data.train else 0)
-        for cut in cuts[start - epoch * per_epoch if epoch == start // per_epoch else 0 :]:
-            yield pad_batch([examples[i] for i in cut], tokenizer.pad_id, "cpu")
-
-
-@torch.no_grad()
-def held_out_loss(model, held_out: Dataset, args, pad_id: int) -> float:
-    """Mean cross-entropy over the labels of the held-out rows."""
-    model.eval()
-    total = labels_seen = 0
-    for cut in epoch_batches(held_out.lengths(), args.micro_batch or args.batch_size, "held out"):
-        input_ids, labels, _ = pad_batch([held_out[i] for i in cut], pad_id, args.device)
-        n = (labels[:, 1:] != -100).sum().item()
-        total, labels_seen = total + n * model(input_ids, labels=labels).loss.item(), labels_seen + n
-    return total / labels_seen
-
 
 # The step ------------------------------------------------------------------------------------------------------------
 
@@ -353,6 +271,18 @@ def measure(model, tokenizer, data: Data, args) -> Measured:
     line += f", without {without})" if without else ")"
     families = " ".join(f"{name} {100 * accuracy[name]:.0f}" for name in skills.FAMILIES)
     return Measured(f"{line}\n    {families}", {"accuracy": accuracy, "kept": mean})
+
+
+@torch.no_grad()
+def held_out_loss(model, held_out: Dataset, args, pad_id: int) -> float:
+    """Mean cross-entropy over the labels of the held-out rows."""
+    model.eval()
+    total = labels_seen = 0
+    for cut in epoch_batches(held_out.lengths(), args.micro_batch or args.batch_size, "held out"):
+        input_ids, labels, _ = pad_batch([held_out[i] for i in cut], pad_id, args.device)
+        n = (labels[:, 1:] != -100).sum().item()
+        total, labels_seen = total + n * model(input_ids, labels=labels).loss.item(), labels_seen + n
+    return total / labels_seen
 
 
 def kept(accuracy: dict[str, float], task: str | None) -> float:

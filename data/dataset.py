@@ -15,6 +15,7 @@ the seed and the epoch only: see `epoch_batches`.
 """
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -26,10 +27,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data import skills
 from data.checkpoint import SafetensorsFile, write_safetensors
 from data.tasks import TEMPLATES, chat_turns
 
 DOWNLOADS = Path(__file__).resolve().parent / "downloads"  # where prepare.py puts things
+SPLIT_SEED = 42  # of the rows held out: the authors', not --seed, so that runs of all seeds have the same
 NAMED = {"commonsense": "commonsense_170k", "math": "math_50k", "math_10k": "math_10k", "math_14k": "math_14k"}
 NAMED = {name: DOWNLOADS / f"{file}.json" for name, file in NAMED.items()}
 CACHE = DOWNLOADS / "cache"
@@ -63,6 +66,10 @@ def encode(turns: list[tuple[str, str]], tokenizer, train_on_inputs=False, max_l
         ids += [*new, tokenizer.eos_id]
         labelled += [train_on_inputs] * first + [True] * (len(new) - first + 1)
     return Example(ids[:max_length], labelled[:max_length])
+
+
+def encode_rows(rows: list[skills.Row], tokenizer, train_on_inputs=False) -> list[Example]:
+    return [encode([(row.prompt, row.answer)], tokenizer, train_on_inputs) for row in rows]
 
 
 def size(text: str) -> int:
@@ -260,3 +267,71 @@ def padding_share(lengths: list[int], batches: list[list[int]]) -> float:
     """The part of the batches' positions that is padding."""
     held = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     return 1 - sum(lengths[i] for batch in batches for i in batch) / held
+
+
+# What a run of train.py trains on ------------------------------------------------------------------------------------
+
+
+class Data(NamedTuple):
+    """What a run trains on. `train` is None for scratch, whose rows never end."""
+
+    train: Dataset | None
+    held_out: Dataset | None = None  # of --data
+    notes: tuple[str, ...] = ()
+    sha256: str | None = None  # of the file
+
+
+def load_data(args, tokenizer, positions: int) -> Data:
+    """The rows of --task or --data as token ids. Fills in args.steps, where --epochs says how many."""
+    if args.variant == "scratch":
+        return Data(None)
+    if not args.data:
+        rows = skills.sample(args.task, "train", args.train_rows, args.seed)
+        return Data(Dataset.of(encode_rows(rows, tokenizer, args.train_on_inputs)))
+    path, args.max_length = NAMED.get(args.data, Path(args.data)), min(args.max_length, positions)
+    if args.data in NAMED and not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; download it with: python data/prepare.py {args.data}")
+    kind, rows = read_rows(path)
+    if kind == "messages" and args.template:
+        raise ValueError(f"{path}: holds messages, which have one form; --template {args.template} does not apply")
+    args.template = "chat" if kind == "messages" else args.template or "papers"
+    whole = tokenise(path, rows, kind, tokenizer, args.template, args.train_on_inputs, args.max_length)
+    usable, (train, held_out) = whole.trains(), split(len(rows), args.held_out, SPLIT_SEED)
+    train, held_out = (whole.take([i for i in some if usable[i]]) for some in (train, held_out))
+    if not len(train):
+        raise ValueError(f"{path}: of {len(rows)} rows none is left to train on: {args.held_out} are held out, "
+                         f"{(~usable).sum()} have no label within --max_length {args.max_length}; lower --held_out or "
+                         "raise --max_length")  # fmt: skip
+    cuts = epoch_batches(train.lengths(), args.batch_size, f"{args.seed} 0")
+    args.steps = args.steps or args.epochs * len(cuts)
+    cut = (whole.ids[whole.ends - 1] != tokenizer.eos_id).sum()
+    notes = (
+        f"data: {path}, {len(rows):,} {kind} rows: {len(train):,} train, {len(held_out):,} are held out (drawn by "
+        f"seed {SPLIT_SEED})",
+        f"      {len(train.ids):,} tokens, {100 * train.labelled.mean():.1f} % of them labels; batches hold "
+        f"{100 * padding_share(train.lengths(), cuts):.1f} % padding; {len(cuts):,} steps are an epoch",
+    )
+    if cut:
+        lost = " (with --train_on_inputs, one that lost its whole answer stays)" if args.train_on_inputs else ""
+        notes += (f"      {cut:,} rows lost their end to --max_length {args.max_length}; {(~usable).sum():,} of them "
+                  f"had no label left and were dropped{lost}",)  # fmt: skip
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Data(train, held_out if len(held_out) else None, notes, digest)
+
+
+def batches(args, data: Data, tokenizer, start: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The batches from step `start` on, for ever: (input_ids, labels, mask), each (B, T), on the CPU; see `pad_batch`.
+
+    An epoch is every row once, see `epoch_batches`. Pre-training is not sorted by length (nor repeated: its epoch is 16
+    batches of new rows): like length is like family there, and the balance loss would spread each family over all
+    experts.
+    """
+    per_epoch = -(-len(data.train) // args.batch_size) if data.train else 16
+    for epoch in itertools.count(start // per_epoch):
+        seed, examples = f"{args.seed} {epoch}", data.train
+        if examples is None:
+            examples = encode_rows(skills.mixture(16 * args.batch_size, seed), tokenizer, args.train_on_inputs)
+        lengths = examples.lengths() if data.train else [0] * len(examples)
+        cuts = epoch_batches(lengths, args.batch_size, seed, window=16 if data.train else 0)
+        for cut in cuts[start - epoch * per_epoch if epoch == start // per_epoch else 0 :]:
+            yield pad_batch([examples[i] for i in cut], tokenizer.pad_id, "cpu")

@@ -54,10 +54,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from data import skills  # noqa: E402
+from data.benchmarks import answer_by_likelihood  # noqa: E402
 from data.dataset import encode_prompt, pad_batch  # noqa: E402
 from data.tasks import TASKS  # noqa: E402
 from esft import ChosenExperts, apply_esft, collect, expert_scores, select_experts  # noqa: E402
-from eval import TINY, answer_by_likelihood, encode_rows, load_base  # noqa: E402
+from eval import TINY, encode_rows, load_base  # noqa: E402
 from model import Config, MoETransformer, hub_tensors  # noqa: E402
 from moe import expert_load  # noqa: E402
 from perft import OLMOE_1B_7B, PERFT, PerftConfig, apply_perft, attach  # noqa: E402

@@ -26,11 +26,12 @@ from test_train import (  # noqa: F401 (one_thread is a fixture, used by being h
 
 import eval
 import train
-from data import dataset
+from data import benchmarks, dataset
+from data.benchmarks import encode_pair, log_likelihoods
 from data.dataset import encode, read_rows, split
 from data.tasks import GROUPS, TASKS, TEMPLATES, chat_turns
 from data.tokenizer import load_tokenizer
-from eval import encode_pair, load_base, load_trained, log_likelihoods
+from eval import load_base, load_trained
 from model import Config, MoETransformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +202,7 @@ def test_acc_norm_divides_by_characters_and_acc_does_not(ask, tmp_path, monkeypa
     instruction = "the question: x?\n\nSolution1: aa\n\nSolution2: aaaaaa\n\nAnswer format: solution1/solution2"
     row = {"instruction": instruction, "input": "", "output": "", "answer": "solution2"}
     folder = write_sets(tmp_path / "sets", {"piqa": [row]})
-    monkeypatch.setattr(eval, "log_likelihoods", lambda model, requests: [-3.0, -6.0])
+    monkeypatch.setattr(benchmarks, "log_likelihoods", lambda model, requests: [-3.0, -6.0])
     flags = ("--tasks", "piqa", "--method", "likelihood", "--choices", "texts")
     _, results, records = ask(*flags, test_dir=folder)
     expected = {"task": "piqa", "index": 0, "gold": "solution2", "scores": [-3.0, -6.0], "answer": "solution1",
