@@ -105,28 +105,33 @@ class Dispatch(torch.autograd.Function):
     """x (N, D) -> rows (R, D) with rows[i] = x[token[i]]."""
 
     @staticmethod
-    def forward(ctx, x, token, inverse):
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, token)
+    def forward(ctx, x, order):
+        ctx.save_for_backward(order.inverse)
+        return x.index_select(0, order.token)
 
     @staticmethod
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
-        return F.embedding_bag(inverse, grad.contiguous(), mode="sum"), None, None
+        return F.embedding_bag(inverse, grad.contiguous(), mode="sum"), None
 
 
 class Combine(torch.autograd.Function):
-    """rows (R, D) -> y (N, D) with y[n] = sum over k of rows[inverse[n, k]]."""
+    """rows (R, D) -> y (N, D) with y[n] = sum over k of rows[inverse[n, k]]. beside (R, D): more such rows, added to
+    the sum of the others, so that zeros change no digit of it. Both have the same gradient, gathered once."""
 
     @staticmethod
-    def forward(ctx, rows, token, inverse):
-        ctx.save_for_backward(token)
-        return F.embedding_bag(inverse, rows, mode="sum")
+    def forward(ctx, rows, beside, order):
+        ctx.save_for_backward(order.token)
+        ctx.alone = beside is None
+        y = F.embedding_bag(order.inverse, rows, mode="sum")
+        # not y.add_: torch 2.11's compiler then loses both gradients without a word
+        return y if beside is None else y + F.embedding_bag(order.inverse, beside, mode="sum")
 
     @staticmethod
     def backward(ctx, grad):
         (token,) = ctx.saved_tensors
-        return grad.index_select(0, token), None, None
+        grad = grad.index_select(0, token)
+        return grad, None if ctx.alone else grad, None
 
 
 # torch.compile sees the product as one opaque operation of known shape: of F.grouped_mm itself it knows bfloat16 only.
@@ -189,12 +194,12 @@ class GroupedProduct(torch.autograd.Function):
 
 class DispatchedProduct(torch.autograd.Function):
     """GroupedProduct of Dispatch's rows, with a weight that trains: keeps x (N, D), not the rows, which are K times as
-    many. perft_e's way into the bottleneck (perft.py)."""
+    many. rows: their values, where somebody has gathered them. perft_e's way into the bottleneck (perft.py)."""
 
     @staticmethod
-    def forward(ctx, x, weight, token, inverse, ends):
-        ctx.save_for_backward(x, weight, token, inverse, ends)
-        return grouped_mm(x.index_select(0, token), weight.mT, ends, None)
+    def forward(ctx, x, rows, weight, order):
+        ctx.save_for_backward(x, weight, order.token, order.inverse, order.ends)
+        return grouped_mm(x.index_select(0, order.token) if rows is None else rows, weight.mT, order.ends, None)
 
     @staticmethod
     def backward(ctx, grad):
@@ -202,18 +207,22 @@ class DispatchedProduct(torch.autograd.Function):
         grad, grad_x = grad.contiguous().view(-1).view(grad.shape), None
         if ctx.needs_input_grad[0]:
             grad_x = F.embedding_bag(inverse, grouped_mm(grad, weight, ends, None), mode="sum")
-        return grad_x, grouped_mm(grad.t(), x.index_select(0, token), ends, None), None, None, None
+        return grad_x, None, grouped_mm(grad.t(), x.index_select(0, token), ends, None), None
 
 
-def experts_grouped(x, routing, gate_up_proj, down_proj, masters=(None, None)):
-    """Eq. 1 by sorting: x (N, D) -> y (N, D). The widths must suit `can_group`."""
+def experts_grouped(x, routing, gate_up_proj, down_proj, masters=(None, None), beside=None):
+    """Eq. 1 by sorting: x (N, D) -> y (N, D). The widths must suit `can_group`.
+
+    beside(rows, order, weight (R, 1)) -> rows (R, D) to add, already under their weight: for what stands beside each
+    expert and is asked when it is (perft_e).
+    """
     order = sort_by_expert(routing.selected_experts, gate_up_proj.shape[0])
-    rows = Dispatch.apply(x, order.token, order.inverse)  # (R, D)
+    rows = Dispatch.apply(x, order)  # (R, D)
     gate, up = GroupedProduct.apply(rows, gate_up_proj, order.ends, masters[0]).chunk(2, dim=-1)  # (R, F) each
-    weight = routing.routing_weights[order.token, order.slot]  # (R,)
-    hidden = F.silu(gate) * up * weight[:, None]
-    rows = GroupedProduct.apply(hidden, down_proj, order.ends, masters[1])  # (R, D)
-    return Combine.apply(rows, order.token, order.inverse)
+    weight = routing.routing_weights[order.token, order.slot, None]  # (R, 1)
+    more = None if beside is None else beside(rows, order, weight)
+    rows = GroupedProduct.apply(F.silu(gate) * up * weight, down_proj, order.ends, masters[1])  # (R, D)
+    return Combine.apply(rows, more, order)
 
 
 def can_group(x: torch.Tensor, *widths: int) -> bool:
@@ -231,11 +240,17 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.path = "grouped"
 
-    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """x (N, D), Routing -> y (N, D)."""
-        grouped = self.path == "grouped" and can_group(x, x.shape[-1], self.down_proj.shape[-1])
-        run = experts_grouped if grouped else experts_loop
-        return run(x, routing, self.gate_up_proj, self.down_proj)
+    def groups(self, x: torch.Tensor) -> bool:
+        """Is it the grouped path that these x (N, D) take?"""
+        return self.path == "grouped" and can_group(x, x.shape[-1], self.down_proj.shape[-1])
+
+    def forward(self, x: torch.Tensor, routing: Routing, beside=None) -> torch.Tensor:
+        """x (N, D), Routing -> y (N, D). beside: see experts_grouped; the loop has no such place."""
+        weights = self.gate_up_proj, self.down_proj
+        if self.groups(x):
+            return experts_grouped(x, routing, *weights, beside=beside)
+        assert beside is None, "ask groups(x) first"
+        return experts_loop(x, routing, *weights)
 
 
 class MoE(nn.Module):

@@ -14,7 +14,8 @@ The unit:  lora       Delta(x) = (dropout(x) A^T) B^T * alpha / r
 All four are one computation with a different gate g (N, M), so one class holds them: the bottlenecks of all M adapters
 are one product x A^T (N, M*r), the gate masks it, one product with B^T leads back. All M are computed, also those that
 a token did not choose: cheaper than sorting tokens while M*r stays in the hundreds. perft_e has an adapter for each of
-many experts (OLMoE, r = 16: M*r = 1,024), so it sorts by expert as moe.py does, and computes the chosen ones.
+many experts (OLMoE, r = 16: M*r = 1,024), so it computes the chosen ones, in the rows that are sorted by expert already
+(moe.py); on a GPU, which has products to spare, only where M*r > 128 K.
 
 It is not LoRA on the experts: an adapter never touches an expert's own matrices, it stands beside the whole expert.
 So perft_e needs nothing of the expert but the router's choice and weight. For the same reason adapters (other than
@@ -43,6 +44,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,7 +55,7 @@ from data.checkpoint import read_json, read_safetensors, write_safetensors, writ
 from data.report import report as report
 from data.report import what_trains
 from model import Config, MoETransformer, active_parameters
-from moe import Combine, DispatchedProduct, GroupedProduct, MoE, Router, Routing, can_group, sort_by_expert
+from moe import DispatchedProduct, GroupedProduct, MoE, Order, Router, Routing
 
 PERFT = ("perft_s", "perft_d", "perft_r", "perft_e")
 BASELINES = ("lora_qv", "router", "frozen_experts", "full")
@@ -88,21 +90,20 @@ class Adapters(nn.Module):
             hidden = hidden * gate.repeat_interleave(r, dim=1)
         return hidden @ B.transpose(1, 2).reshape(M * r, D)
 
-    def grouped(self, x: torch.Tensor, routing: Routing, experts: torch.Tensor | None) -> torch.Tensor:
-        """The same where adapter j belongs to experts[j] (None: to expert j) and the gate is the base's: computes the
-        K chosen ones, as moe.experts_grouped does."""
-        E, r = routing.router_logits.shape[1], self.A.shape[1]
+    def grouped(self, x, experts: torch.Tensor | None, rows, order: Order, weight) -> torch.Tensor:
+        """The same where adapter j stands beside experts[j] (None: beside expert j) and is asked when that one is: the
+        chosen ones alone, under the expert's weight, (R, D). rows, order, weight: what experts_grouped has (moe.py)."""
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)
         if experts is not None:  # an expert without an adapter has one of zeros
-            A, B = (p.new_zeros(E, *p.shape[1:]).index_copy(0, experts, p) for p in (A, B))
-        A, B = F.pad(A, (0, 0, 0, -r % 8)), F.pad(B, (0, -r % 8))  # rows of 16 bytes, see can_group
-        order = sort_by_expert(routing.selected_experts, E)
-        hidden = self.bend(DispatchedProduct.apply(self.drop(x), A, order.token, order.inverse, order.ends))  # (R, r)
-        hidden = hidden * routing.routing_weights[order.token, order.slot, None]
-        return Combine.apply(GroupedProduct.apply(hidden, B, order.ends), order.token, order.inverse)
+            A, B = (p.new_zeros(len(order.ends), *p.shape[1:]).index_copy(0, experts, p) for p in (A, B))
+        pad = -self.A.shape[1] % 8
+        A, B = F.pad(A, (0, 0, 0, pad)), F.pad(B, (0, pad))  # rows of 16 bytes, see can_group
+        dropped = self.drop(x)
+        hidden = DispatchedProduct.apply(dropped, rows.detach() if dropped is x else None, A, order)  # (R, r)
+        return GroupedProduct.apply(self.bend(hidden) * weight, B, order.ends)
 
     def drop(self, x):
-        return F.dropout(x, self.dropout, self.training) if self.kind == "lora" else x
+        return F.dropout(x, self.dropout) if self.kind == "lora" and self.training and self.dropout else x
 
     def bend(self, hidden):
         if self.kind == "lora":
@@ -120,10 +121,12 @@ class PerftMoE(nn.Module):
         self.register_buffer("experts", ids, persistent=False)  # perft_e: adapter j is experts[j]'s; None: all have one
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
-        y, routing = self.base(x)
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
-        if self.variant == "perft_e" and self.base.experts.path == "grouped" and can_group(flat, flat.shape[-1]):
-            return y + self.adapters.grouped(flat, routing, self.experts).view_as(x), routing
+        if self.variant == "perft_e" and not self.computes_all(flat):
+            routing = self.base.router(flat)
+            y = self.base.experts(flat, routing, partial(self.adapters.grouped, flat, self.experts))
+            return y.view_as(x), routing
+        y, routing = self.base(x)
         gate = None  # S and D: every adapter, weight 1
         if self.variant == "perft_e":
             gate = spread(routing.routing_weights, routing.selected_experts, routing.router_logits.shape[1])
@@ -134,8 +137,14 @@ class PerftMoE(nn.Module):
             if self.adapter_weights == "base":
                 weights = routing.routing_weights[:, : weights.shape[1]]  # as in the released OLMoE code
             gate = spread(weights, own.selected_experts, own.router_logits.shape[1])
-            routing = routing._replace(adapter=own)
+            routing = Routing(*routing[:3], own)
         return y + self.adapters(flat, gate).view_as(x), routing
+
+    def computes_all(self, x: torch.Tensor) -> bool:
+        """Must perft_e compute all adapters, or should it? The chosen ones cost passes over K rows a token, all of them
+        products with M*r columns, and a GPU has products to spare: some 266 for each byte that it moves (H100)."""
+        M, r, _ = self.adapters.A.shape
+        return not self.base.experts.groups(x) or (x.is_cuda and M * r <= 128 * self.base.router.top_k)
 
 
 def spread(weights: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:

@@ -182,10 +182,13 @@ def test_dispatch_and_combine_are_each_others_gradient(K):
     order = moe.sort_by_expert(selected, 4)
     x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(7 * K, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, order.token, order.inverse), (x,))
-    assert torch.autograd.gradcheck(lambda rows: Combine.apply(rows, order.token, order.inverse), (rows,))
-    there = (Dispatch.apply(x, order.token, order.inverse) * rows).sum()
-    back = (x * Combine.apply(rows, order.token, order.inverse)).sum()
+    assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, order), (x,))
+    assert torch.autograd.gradcheck(lambda rows: Combine.apply(rows, None, order), (rows,))
+    both = (rows, torch.randn_like(rows).requires_grad_())
+    assert torch.autograd.gradcheck(lambda *rows: Combine.apply(*rows, order), both)
+    assert torch.allclose(Combine.apply(*both, order), Combine.apply(sum(both), None, order))
+    there = (Dispatch.apply(x, order) * rows).sum()
+    back = (x * Combine.apply(rows, None, order)).sum()
     assert there.item() == pytest.approx(back.item(), rel=1e-12)
 
 
