@@ -108,20 +108,27 @@ def build(args) -> Built:
     data = load_data(args, tokenizer, config.max_position_embeddings)
     notes, write_scores = [], lambda model, folder: None
     if args.variant == "scratch":
-        with torch.device("meta"):
-            shapes = MoETransformer(config)
-        memory = estimate(shapes, args, data)
+        memory = estimate(config, lambda model: model, args, data)
         torch.manual_seed(args.seed % 2**63)
         model = MoETransformer(config).requires_grad_(True)  # every process draws it all, and keeps its share
         shard(model, args.device)
         return Built(model.to(args.device), tokenizer, data, notes, write_scores, memory)
     if args.variant in ESFT:
-        model = load_base(args.base, args.dtype, args.device)[0]
-        choice, notes, usage, write_scores = choose_experts(args, model, tokenizer, data)
-        also = bool(args.train_router) or choice.train_router, choice.train_non_experts
 
         def attach(model):
+            also = bool(args.train_router) or choice.train_router, choice.train_non_experts
             return esft.apply_esft(model, choice.experts, *also)
+
+        known, E = args.experts not in (None, "random"), config.num_experts
+        n = E if known else min(math.ceil(args.p * E), E)  # so many reach p where all score the same
+        assumed = esft.EsftConfig([range(n)] * config.num_hidden_layers)
+        choice = esft.read_choice(args.experts, config) if known else assumed
+        memory = estimate(config, attach, args, data)
+        if not known:
+            print(f"    with {n} of {E} experts chosen; a sample is read now, to choose")
+        model = load_base(args.base, args.dtype, args.device)[0]
+        choice, notes, usage, write_scores = choose_experts(args, model, tokenizer, data, choice if known else None)
+        memory = memory if known else estimate(config, attach, args, data)
     else:
         options = {k: v for k, v in vars(args).items() if k in PerftConfig.__dataclass_fields__ and v is not None}
         if args.experts:
@@ -131,9 +138,7 @@ def build(args) -> Built:
             torch.manual_seed(args.seed % 2**63)  # adapters start alike on every device, on every number of devices
             return apply_perft(model, **options)
 
-    with torch.device("meta"):
-        shapes = attach(MoETransformer(config).to(DTYPES[args.dtype]))
-    memory = estimate(shapes, args, data)
+        memory = estimate(config, attach, args, data)
     if args.variant in ESFT and WORLD == 1:
         attach(model)
     else:
@@ -148,18 +153,20 @@ def build(args) -> Built:
     return Built(model, tokenizer, data, notes, write_scores, memory)
 
 
-def estimate(model, args, data: Data) -> Memory:
-    """Say how much memory a step will take; before there are weights (ESFT: it must read some rows to choose)."""
+def estimate(config, attach, args, data: Data) -> Memory:
+    """Say how much memory a step will take, before there are weights."""
+    with torch.device("meta"):
+        shapes = attach(MoETransformer(config).to(DTYPES[args.dtype]))
+    shapes.checkpoint_activations = args.checkpoint_activations
     rows = min(args.micro_batch or args.batch_size, -(-args.batch_size // WORLD))
     length = max(data.train.lengths()) if data.train else 64  # scratch: about the longest of its rows
-    model.checkpoint_activations = args.checkpoint_activations
-    memory = memory_estimate(model, rows, length, args.compile, WORLD)
+    memory = memory_estimate(shapes, rows, length, args.compile, WORLD)
     print(memory)
     return memory
 
 
-def choose_experts(args, model, tokenizer, data: Data):
-    """ESFT: score the experts on rows of the task and choose, or take the choice given -> it, what to print, how the
+def choose_experts(args, model, tokenizer, data: Data, choice: esft.EsftConfig | None):
+    """ESFT: score the experts on rows of the task, and choose if no choice was given -> it, what to print, how the
     experts are used, and what writes the scores into a folder."""
     kind = score_kind(args)
     if args.data:
@@ -170,9 +177,8 @@ def choose_experts(args, model, tokenizer, data: Data):
     cuts = [examples[i : i + rows] for i in range(0, len(examples), rows)]
     usage = esft.collect(model, (pad_batch(cut, tokenizer.pad_id, args.device) for cut in cuts))
     scores = esft.expert_scores(*usage, model.config.num_experts_per_tok, kind)
-    if args.experts not in (None, "random"):
-        choice, notes = esft.read_choice(args.experts, model.config), []
-    else:
+    notes = []
+    if choice is None:
         chosen, notes = esft.select_experts(scores, args.p, args.bind_groups), esft.warnings_for(scores, args.p)
         if args.experts == "random":
             chosen = esft.random_experts(chosen, model.config.num_experts, args.seed)
