@@ -8,6 +8,7 @@ nearly zero compares nothing.
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import perft
 from model import Config, MoETransformer, active_parameters
-from moe import load_balancing_loss
+from moe import MoE, load_balancing_loss
 from perft import apply_perft, load_adapter, merge, report, save_adapter, warnings_for, what_trains
 
 SIZES = {
@@ -189,6 +190,23 @@ def test_a_layer_is_the_loop_over_tokens_and_adapters_forward_and_backward(famil
         assert_layer_is_the_reference(
             make_adapted(case, family, rank=rank, alpha=alpha, kind=kind, train_router=True, seed=rank)
         )
+
+
+@every_family
+@every_kind
+@pytest.mark.parametrize("case", ["E", "E of some experts"])
+def test_embedded_adapters_are_the_same_where_all_of_them_are_computed(monkeypatch, family, kind, case):
+    monkeypatch.setattr(perft.PerftMoE, "computes_all", lambda self, x: True)
+    assert_layer_is_the_reference(make_adapted(case, family, kind=kind, train_router=True))
+
+
+@pytest.mark.parametrize("rank, is_cuda, all_of_them", [(16, False, False), (16, True, True), (17, True, False)])
+def test_a_gpu_computes_all_embedded_adapters_while_their_columns_are_few(rank, is_cuda, all_of_them):
+    """OLMoE: up to 128 columns for each of the 8 experts of a token, so 64 adapters of rank 16."""
+    with torch.device("meta"):
+        moe = perft.attach(MoE(perft.OLMOE_1B_7B), perft.PerftConfig("perft_e", rank=rank), perft.OLMOE_1B_7B, None)
+    x = SimpleNamespace(shape=(5, 2048), dtype=torch.bfloat16, is_cuda=is_cuda, element_size=lambda: 2)
+    assert moe.computes_all(x) is all_of_them
 
 
 class WithAdapters(nn.Module):
