@@ -245,11 +245,11 @@ class Experts(nn.Module):
         return self.path == "grouped" and can_group(x, x.shape[-1], self.down_proj.shape[-1])
 
     def forward(self, x: torch.Tensor, routing: Routing, beside=None) -> torch.Tensor:
-        """x (N, D), Routing -> y (N, D). beside: see experts_grouped; the loop has no such place."""
+        """x (N, D), Routing -> y (N, D). beside: see experts_grouped."""
         weights = self.gate_up_proj, self.down_proj
         if self.groups(x):
             return experts_grouped(x, routing, *weights, beside=beside)
-        assert beside is None, "ask groups(x) first"
+        assert beside is None, f"path {self.path}, x {x.dtype} {tuple(x.shape)}: no rows to add to; ask groups(x) first"
         return experts_loop(x, routing, *weights)
 
 
@@ -262,11 +262,11 @@ class MoE(nn.Module):
         self.router = Router(c.hidden_size, c.num_experts, c.num_experts_per_tok, c.norm_topk_prob)
         self.experts = Experts(c.num_experts, c.hidden_size, c.intermediate_size)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
-        """x (B, T, D) -> y (B, T, D), Routing of the N = B*T tokens."""
+    def forward(self, x: torch.Tensor, *beside) -> tuple[torch.Tensor, Routing]:
+        """x (B, T, D) -> y (B, T, D), Routing of the N = B*T tokens. beside: nothing, or what experts_grouped takes."""
         flat = x.reshape(-1, x.shape[-1])  # (N, D): a token's neighbours do not matter here
         routing = self.router(flat)
-        return self.experts(flat, routing).view_as(x), routing
+        return self.experts(flat, routing, *beside).view_as(x), routing
 
 
 def load_balancing_loss(routing: Routing, mask: torch.Tensor | None = None, load=None, tokens=None) -> torch.Tensor:

@@ -14,8 +14,8 @@ The unit:  lora       Delta(x) = (dropout(x) A^T) B^T * alpha / r
 All four are one computation with a different gate g (N, M), so one class holds them: the bottlenecks of all M adapters
 are one product x A^T (N, M*r), the gate masks it, one product with B^T leads back. All M are computed, also those that
 a token did not choose: cheaper than sorting tokens while M*r stays in the hundreds. perft_e has an adapter for each of
-many experts (OLMoE, r = 16: M*r = 1,024), so it computes the chosen ones, in the rows that are sorted by expert already
-(moe.py); on a GPU, which has products to spare, only where M*r > 128 K.
+many experts (OLMoE, r = 16: M*r = 1,024), so it computes the chosen ones, in the rows that moe.py has sorted by expert;
+a GPU, for which products are cheap, does so from M*r > 128 K.
 
 It is not LoRA on the experts: an adapter never touches an expert's own matrices, it stands beside the whole expert.
 So perft_e needs nothing of the expert but the router's choice and weight. For the same reason adapters (other than
@@ -123,9 +123,7 @@ class PerftMoE(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
         if self.variant == "perft_e" and not self.computes_all(flat):
-            routing = self.base.router(flat)
-            y = self.base.experts(flat, routing, partial(self.adapters.grouped, flat, self.experts))
-            return y.view_as(x), routing
+            return self.base(x, partial(self.adapters.grouped, flat, self.experts))
         y, routing = self.base(x)
         gate = None  # S and D: every adapter, weight 1
         if self.variant == "perft_e":
@@ -137,12 +135,13 @@ class PerftMoE(nn.Module):
             if self.adapter_weights == "base":
                 weights = routing.routing_weights[:, : weights.shape[1]]  # as in the released OLMoE code
             gate = spread(weights, own.selected_experts, own.router_logits.shape[1])
-            routing = Routing(*routing[:3], own)
+            routing = Routing(*routing[:3], own)  # torch 2.11 cannot compile a _replace that is returned
         return y + self.adapters(flat, gate).view_as(x), routing
 
     def computes_all(self, x: torch.Tensor) -> bool:
         """Must perft_e compute all adapters, or should it? The chosen ones cost passes over K rows a token, all of them
-        products with M*r columns, and a GPU has products to spare: some 266 for each byte that it moves (H100)."""
+        products of M*r columns, and a GPU counts fast and moves slowly (an H100: 266 operations a byte). The limit is
+        an estimate, not measured here."""
         M, r, _ = self.adapters.A.shape
         return not self.base.experts.groups(x) or (x.is_cuda and M * r <= 128 * self.base.router.top_k)
 

@@ -115,17 +115,19 @@ def build(args) -> Built:
         return Built(model.to(args.device), tokenizer, data, notes, write_scores, memory)
     if args.variant in ESFT:
 
-        def attach(model):
+        def attach(model):  # the choice as it then stands
             also = bool(args.train_router) or choice.train_router, choice.train_non_experts
             return esft.apply_esft(model, choice.experts, *also)
 
         known, E = args.experts not in (None, "random"), config.num_experts
-        n = E if known else min(math.ceil(args.p * E), E)  # so many reach p where all score the same
-        assumed = esft.EsftConfig([range(n)] * config.num_hidden_layers)
-        choice = esft.read_choice(args.experts, config) if known else assumed
+        if known:
+            choice = esft.read_choice(args.experts, config)
+        else:  # at most so many reach p where a layer's scores sum to 1; a guess for gate
+            assumed = math.ceil(args.p * E)
+            choice = esft.EsftConfig([list(range(assumed))] * config.num_hidden_layers)
         memory = estimate(config, attach, args, data)
         if not known:
-            print(f"    with {n} of {E} experts chosen; a sample is read now, to choose")
+            print(f"    with {assumed} of {E} experts chosen; a sample is read now, to choose")
         model = load_base(args.base, args.dtype, args.device)[0]
         choice, notes, usage, write_scores = choose_experts(args, model, tokenizer, data, choice if known else None)
         memory = memory if known else estimate(config, attach, args, data)

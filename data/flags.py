@@ -208,6 +208,8 @@ def fill_defaults(parser, args):
         parser.error("--experts random is a control for esft_token and esft_gate; perft_e takes a file")
     if args.variant in ("scratch", "full", "frozen_experts") and args.dtype != "float32":
         parser.error(f"--dtype {args.dtype} with --variant {args.variant}: weights of the base train, so it is float32")
+    if (args.p or 0) > 1:
+        parser.error(f"--p {args.p:g}: scores of a layer sum to 1 at most; choose from 0 to 1")
     if args.beta2 >= 1:
         parser.error(f"--beta2 {args.beta2}: must be below 1")
 

@@ -399,12 +399,13 @@ def bench_adapters(args):
     ways = [(who, mode) for mode in ("eager", "compiled") for who in bounds]
     ways = [(who, mode) for who, mode in ways if mode == "eager" or who in args.compiled]
     for case, build in (("OLMoE layer, bfloat16", layer), ("embedded model", model)):
-        for who, mode in ways:  # two at a time, in turn: between more of them a machine drifts by what is looked for
+        for who, mode in ways:  # in pairs: with more in a round, a machine drifts between two by as much as they differ
             pair = measure({way: partial(build, *way) for way in (("frozen", mode), (who, mode))}, args.rounds, 1)
             frozen, row = pair.values()
             times = ratio(row, frozen)
             table.append(row | {"case": f"{case}: {row['case']}", "added_percent": times and 100 * (times - 1),
-                                "bound_percent": bounds[who], "frozen_ms": frozen.get("ms")})  # fmt: skip
+                                "bound_percent": bounds[who], "frozen_ms": frozen.get("ms")}
+                             | ({"failed": frozen["failed"]} if "failed" in frozen else {}))  # fmt: skip
     columns = {"case": "{case}", "ms": "{ms:.1f}", "frozen ms": "{frozen_ms:.1f}",
                "added": "{added_percent:+.1f} %", "bound": "{bound_percent:d} %"}  # fmt: skip
     title = f"Adapters (r {RANK}; d: 4, r: 2 of 4) over the frozen base, forward + backward"

@@ -16,9 +16,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import moe
 import perft
 from model import Config, MoETransformer, active_parameters
-from moe import MoE, load_balancing_loss
+from moe import load_balancing_loss
 from perft import apply_perft, load_adapter, merge, report, save_adapter, warnings_for, what_trains
 
 SIZES = {
@@ -200,13 +201,28 @@ def test_embedded_adapters_are_the_same_where_all_of_them_are_computed(monkeypat
     assert_layer_is_the_reference(make_adapted(case, family, kind=kind, train_router=True))
 
 
+def test_embedded_adapters_use_the_sorting_and_the_rows_of_the_experts(monkeypatch):
+    """A forward pass sorts once and gathers x once; with dropout on x, the rows that it changed are gathered too."""
+    seen, sort, x = [], moe.sort_by_expert, torch.randn(1, 7, 32)
+    gather = torch.Tensor.index_select
+    monkeypatch.setattr(moe, "sort_by_expert", lambda *args: seen.append("sort") or sort(*args))
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda *args: seen.append("gather") or gather(*args))
+    block = make_adapted("E", dropout=0.3).layers[0].moe
+    with torch.no_grad():
+        block(x)
+        assert sorted(seen) == ["gather", "sort"]
+        block.train()(x)
+    assert sorted(seen[2:]) == ["gather", "gather", "sort"]
+
+
 @pytest.mark.parametrize("rank, is_cuda, all_of_them", [(16, False, False), (16, True, True), (17, True, False)])
 def test_a_gpu_computes_all_embedded_adapters_while_their_columns_are_few(rank, is_cuda, all_of_them):
     """OLMoE: up to 128 columns for each of the 8 experts of a token, so 64 adapters of rank 16."""
     with torch.device("meta"):
-        moe = perft.attach(MoE(perft.OLMOE_1B_7B), perft.PerftConfig("perft_e", rank=rank), perft.OLMOE_1B_7B, None)
+        base = moe.MoE(perft.OLMOE_1B_7B)
+        layer = perft.attach(base, perft.PerftConfig("perft_e", rank=rank), perft.OLMOE_1B_7B, None)
     x = SimpleNamespace(shape=(5, 2048), dtype=torch.bfloat16, is_cuda=is_cuda, element_size=lambda: 2)
-    assert moe.computes_all(x) is all_of_them
+    assert layer.computes_all(x) is all_of_them
 
 
 class WithAdapters(nn.Module):

@@ -646,6 +646,7 @@ USAGE = {  # flags -> what the line must say: all of this can be known from the 
     ("--variant", "perft_s", "--threads", "0"): ["--threads: 0 is out of range", "at least 1"],
     ("--variant", "perft_s", "--steps", "many"): ["--steps", "many"],
     ("--variant", "perft_s", "--rank", "0"): ["rank", "0", "1"],
+    ("--variant", "esft_gate", "--p", "5"): ["--p 5", "from 0 to 1"],
     ("--variant", "perft_s", "--dropout", "1.5"): ["dropout", "1.5", "less than 1"],
     ("--variant", "perft_r", "--top_k", "5"): ["top_k 5", "num_adapters 4"],
     ("--variant", "perft_s", "--lr", "-1"): ["lr", "-1"],
@@ -681,7 +682,7 @@ def test_each_variant_refuses_each_flag_that_does_not_apply_and_takes_the_others
              "esft_gate": choice + ["train_router", "gate_share"]}  # fmt: skip
     values = {"kind": ["lora"], "init": ["paper"], "adapter_weights": ["own"], "train_router": [], "gate_share": []}
     for flag in lora + unit + routed + choice + ["gate_share", "task", "train_rows"]:
-        value = values.get(flag, ["add"] if flag == "task" else ["2" if flag != "dropout" else "0.5"])
+        value = values.get(flag, ["add"] if flag == "task" else ["0.5" if flag in ("dropout", "p") else "2"])
         argv = ["--variant", variant, "--base", str(base), "--out", str(tmp_path / "run"), f"--{flag}", *value]
         applies = flag in takes.get(variant, []) or (flag in ("task", "train_rows") and variant != "scratch")
         if applies:
