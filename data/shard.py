@@ -17,6 +17,7 @@ Frozen bfloat16 weights and float32 adapters may stand in one block (they travel
 """
 
 import os
+import sys
 
 import torch
 
@@ -43,10 +44,15 @@ def meet():
 
 
 def stop():
-    """Leave together: one that tears its connections down while another still uses them brings that one down."""
+    """The end of a process that torchrun started. All leave together: one that tears its connections down while another
+    still uses them brings that one down. And at once: threads of theirs outlive the group, and one that wakes up while
+    Python is being taken down aborts a process whose work was done."""
     if WORLD > 1:
         meet()
         torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def total(t: torch.Tensor) -> torch.Tensor:

@@ -189,3 +189,46 @@ def test_the_results_are_the_means_and_ranges_of_the_runs():
             values = [100 * float(run[key]) for run in mine if run["lr"] == lr]
             assert len(values) == 3
             assert told == f"{sum(values) / 3:.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def test_the_tables_of_speed_are_what_was_measured():
+    """Against assets/bench.csv: times and kept memory of one layer, tokens a second of a step, what adapters add."""
+    with open(ROOT / "assets" / "bench.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["group"] != "block" or row["threads"] == "2"]
+    found = {(row["group"], re.sub(r" \(grouped_mm\)", "", row["case"]), row["metric"]): row["value"] for row in rows}
+    assert len(found) == len(rows), "a number stands there twice"
+
+    def cells(name):
+        (row,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", README, re.M)
+        return row.split(" | ")
+
+    def value(*key):
+        return float(found[key])
+
+    block = {"ours, the loop of the text book": "ours, loop", "ours, grouped": "ours, grouped",
+             "ours, grouped and compiled": "ours, compiled", "transformers, default (grouped)": "transformers, default",
+             "transformers, compiled": "transformers, compiled"}  # fmt: skip
+    for name, case in block.items():
+        frozen, kept, trainable = cells(name)
+        assert frozen == f"{value('block', f'frozen: {case}', 'ms'):.0f} ms"
+        assert kept.split()[0] == f"{value('block', f'frozen: {case}', 'kept_kib_per_token'):.1f}"
+        assert trainable == f"{value('block', f'trainable: {case}', 'ms'):.0f} ms"
+
+    step = {"PERFT-S": ("perft_s, eager", "perft_s, compiled"), "PERFT-R (Top2/4)": ("perft_r, eager",),
+            "PERFT-E": ("perft_e, eager", "perft_e, compiled"), "ESFT": ("esft, eager",), "full": ("full, eager",),
+            "transformers + peft, q,v LoRA": ("peft_qv, default", "peft_qv, compiled"),
+            "transformers + peft, LoRA on the experts": ("peft_experts, default",),
+            "transformers, full": ("transformers_full, default",)}  # fmt: skip
+    table = README.split("| tokens a second |")[1].split("\n\n")[0]
+    for name, cases in step.items():
+        (row,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", table, re.M)
+        told = [cell.strip() for cell in row.split("|")]
+        speeds = [value("step", case, "tokens_per_second") for case in cases]
+        assert told == [*(f"{round(speed, -2):,.0f}" for speed in speeds), ""][:2], name
+
+    adapters = {"one OLMoE-sized layer, 2,048 tokens": "OLMoE layer, bfloat16", "the embedded model": "embedded model"}
+    for name, case in adapters.items():
+        for told, variant in zip(cells(name), ("perft_s", "perft_d", "perft_r", "perft_e"), strict=True):
+            keys = [("adapters", f"{case}: {variant}, {mode}", "added_percent") for mode in ("eager", "compiled")]
+            added = [f"{value(*key):+.1f} %" for key in keys if key in found]
+            assert added and told == ", compiled ".join(added), (case, variant)
