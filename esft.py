@@ -52,7 +52,7 @@ from data.checkpoint import SafetensorsFile, read_json, read_safetensors, write_
 from data.report import heat_map, what_trains
 from data.shard import matrices
 from model import Config, MoETransformer, hub_tensors
-from moe import Experts, Routing, can_group, experts_grouped, experts_loop
+from moe import Experts, Routing, experts_grouped, experts_loop
 from perft import fingerprint, need
 
 CONFIG, WEIGHTS, PICTURES = "expert_cfg.json", "expert_weights.safetensors", ("scores.json", "scores.svg")
@@ -154,6 +154,8 @@ def warnings_for(scores: torch.Tensor, p: float) -> list[str]:
 class ChosenExperts(nn.Module):
     """A layer's experts, of which the chosen train. Until they do, the same function as moe.Experts, bit for bit."""
 
+    groups = Experts.groups
+
     def __init__(self, experts: Experts, chosen: list[int]):
         super().__init__()
         gate_up, down, n = experts.gate_up_proj.data, experts.down_proj.data, len(chosen)
@@ -171,7 +173,7 @@ class ChosenExperts(nn.Module):
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """x (N, D), Routing -> y (N, D). The bank takes over the masters' values each time it is used, so no load, copy
         or move can leave it behind."""
-        if self.path != "grouped" or not can_group(x, x.shape[-1], self.down_bank.shape[-1]):
+        if not self.groups(x):
             by_id = (torch.cat((new.to(bank.dtype), bank[len(new) :]))[self.position] for bank, new in self.pairs())
             return experts_loop(x, routing, *by_id)
         placed = routing._replace(selected_experts=self.position[routing.selected_experts])

@@ -122,7 +122,6 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, beside, order):
         ctx.save_for_backward(order.token)
-        ctx.alone = beside is None
         y = F.embedding_bag(order.inverse, rows, mode="sum")
         # not y.add_: torch 2.11's compiler then loses both gradients without a word
         return y if beside is None else y + F.embedding_bag(order.inverse, beside, mode="sum")
@@ -131,7 +130,7 @@ class Combine(torch.autograd.Function):
     def backward(ctx, grad):
         (token,) = ctx.saved_tensors
         grad = grad.index_select(0, token)
-        return grad, None if ctx.alone else grad, None
+        return grad, grad if ctx.needs_input_grad[1] else None, None
 
 
 # torch.compile sees the product as one opaque operation of known shape: of F.grouped_mm itself it knows bfloat16 only.
@@ -162,6 +161,11 @@ def _(a, b, ends, masters):
     return a.new_empty(product_shape(a, b, ends))
 
 
+def packed(grad: torch.Tensor) -> torch.Tensor:
+    """With strides (out, 1), which grouped_mm asks for: contiguous() leaves others where there is one row."""
+    return grad.contiguous().view(-1).view(grad.shape)
+
+
 class GroupedProduct(torch.autograd.Function):
     """rows (R, in), weight (E, out, in), ends (E,) -> (R, out): rows of group e times weight[e]^T.
 
@@ -181,8 +185,7 @@ class GroupedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         rows, weight, ends, masters = ctx.saved_tensors
-        grad = grad.contiguous().view(-1).view(grad.shape)  # the views: strides (out, 1) even where there is one row
-        grad_rows = grad_weight = grad_masters = None
+        grad, grad_rows, grad_weight, grad_masters = packed(grad), None, None, None
         if ctx.needs_input_grad[0]:
             grad_rows = grouped_mm(grad, weight, ends, masters)
         if ctx.needs_input_grad[1]:
@@ -204,7 +207,7 @@ class DispatchedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, token, inverse, ends = ctx.saved_tensors
-        grad, grad_x = grad.contiguous().view(-1).view(grad.shape), None
+        grad, grad_x = packed(grad), None
         if ctx.needs_input_grad[0]:
             grad_x = F.embedding_bag(inverse, grouped_mm(grad, weight, ends, None), mode="sum")
         return grad_x, None, grouped_mm(grad.t(), x.index_select(0, token), ends, None), None

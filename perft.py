@@ -15,7 +15,7 @@ All four are one computation with a different gate g (N, M), so one class holds 
 are one product x A^T (N, M*r), the gate masks it, one product with B^T leads back. All M are computed, also those that
 a token did not choose: cheaper than sorting tokens while M*r stays in the hundreds. perft_e has an adapter for each of
 many experts (OLMoE, r = 16: M*r = 1,024), so it computes the chosen ones, in the rows that moe.py has sorted by expert;
-a GPU, for which products are cheap, does so from M*r > 128 K.
+on a GPU, for which products are cheap, only where they are more than that (PerftMoE.computes_all).
 
 It is not LoRA on the experts: an adapter never touches an expert's own matrices, it stands beside the whole expert.
 So perft_e needs nothing of the expert but the router's choice and weight. For the same reason adapters (other than

@@ -1,6 +1,6 @@
 """How long things take, ours and the peers side by side: interleaved rounds of one process, medians. Not a test.
 
-    python tests/bench.py                                   every group: minutes each, much of them torch.compile's
+    python tests/bench.py                                   every group: minutes each, the adapters ten or more
     python tests/bench.py block --json out.json             one group; the same numbers as JSON (--csv: as table rows)
     python tests/bench.py step --device cuda --size olmoe   all of OLMoE-1B-7B with random weights, on a GPU
 
