@@ -232,3 +232,8 @@ def test_the_tables_of_speed_are_what_was_measured():
             keys = [("adapters", f"{case}: {variant}, {mode}", "added_percent") for mode in ("eager", "compiled")]
             added = [f"{value(*key):+.1f} %" for key in keys if key in found]
             assert added and told == ", compiled ".join(added), (case, variant)
+
+    times = [value("esft", case, "ratio") for group, case, metric in found if (group, metric) == ("esft", "ratio")]
+    small, short, long = (f"{ratio:.2f}" for ratio in times)  # the embedded model, a layer with 512 and 2,048 tokens
+    assert f"takes {small} times the time on the embedded\nmodel, {long} on one" in README
+    assert f"2,048 tokens and {short} with 512" in README
