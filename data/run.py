@@ -1,129 +1,284 @@
-"""What surrounds the steps of a run: its folder, its log, the state to resume from, and the check for inert parts.
+"""What stands under every command: files that are read with suspicion and written whole, the
+command line, its one boundary for mistakes and interruptions, and the folder of a run.
 
-A run folder holds config.json (every setting), metrics.jsonl (a JSON object a line), what was trained, and while the
-run is unfinished state.safetensors: the trained parameters and AdamW's moments.
+Everything on disk is JSON or text (tensors: data/hub.py). A file that is read may be damaged, or a
+stranger's: whatever it holds, the answer is the right content or one line that says cause, place
+and remedy. A file that is written gets a temporary name first, so that a reader sees the old file
+or the new one, and nothing in between.
+
+A run folder holds config.json (every setting), metrics.jsonl (one JSON object a line), what was
+trained, and while the run is unfinished state.safetensors: the trained parameters and AdamW's
+moments.
+
+This file imports no torch: it is there, and guards the command, before torch has been imported.
 """
 
+import argparse
+import functools
 import json
+import math
 import os
+import signal
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from data.checkpoint import write_text
-from data.shard import RANK, whole
+# Reading -----------------------------------------------------------------------------------------
+
+LARGEST_JSON = 200_000_000  # bytes; the largest tokenizer.json that we know has 17 million
 
 
-def check_run_folder(parser, out: Path, resume: bool, overwrite: bool, written: tuple[str, ...]):
-    """Nothing that a user has is lost: parser.error unless the folder is free of what a run writes there (`written`),
-    or holds a run and the flags say what to do with it."""
-    unfinished = (out / "state.safetensors").exists()
-    if out.exists() and not out.is_dir():
-        parser.error(f"--out {out} is not a folder; choose another")
-    if resume and overwrite:
-        parser.error("--resume and --overwrite: choose one")
-    if resume and not unfinished:
-        parser.error(f"{out} holds no unfinished run to resume (no state.safetensors); drop --resume")
-    others = [name for name in ("config.json", *written) if (out / name).exists()]
-    if others and not (out / "metrics.jsonl").exists():
-        parser.error(f"{out} holds {others[0]}, but no run (a model folder, an adapter?); choose another --out")
-    if (out / "metrics.jsonl").exists() and not (resume or overwrite):
-        go_on = "continue it with --resume, " if unfinished else ""
-        parser.error(f"{out} already holds a run: {go_on}replace it with --overwrite, or choose another --out")
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file. FileNotFoundError or ValueError of one line otherwise."""
+    path = Path(path)
+    content = parse_json(read_text(path), path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
 
 
-def check_same_run(then: dict, now: dict):
-    """A run is continued with the flags it was begun with."""
-    free = {"resume", "overwrite", "out", "log_every", "save_every", "threads", "torch", "world", "device"}
-    if changed := changes(then, {k: v for k, v in now.items() if k not in free}):
-        raise ValueError(f"--resume continues a run as it was begun; changed: {changed}")
+def read_text(path: Path) -> str:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file; is this the right folder, and is it complete?"
+        )
+    if not path.is_file():  # a folder, or a device or pipe, of which a read may never end
+        raise ValueError(f"{path}: is not a regular file; copy or download it again")
+    size = path.stat().st_size
+    if size > LARGEST_JSON:
+        raise ValueError(
+            f"{path}: has {size:,} bytes, more than any file of its kind; download it again"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: byte {error.start} is not UTF-8; copy or download it again"
+        ) from None
 
 
-def changes(then: dict, now: dict) -> str:
-    """What differs in the settings of a continued work, "" if nothing does."""
-    return "; ".join(f"{k} {then.get(k)!r} then, {v!r} now" for k, v in now.items() if then.get(k) != v)
+def parse_json(text: str, place: str | Path):
+    """JSON -> its content; ValueError naming `place` (a file, or file:line)."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        cause = "nested too deeply"
+    except ValueError as error:  # a number of thousands of digits, too
+        cause = str(error)
+    raise ValueError(f"{place}: not valid JSON ({cause}); copy or download it again")
+
+
+def shown(value) -> str:
+    """A value from a file, for a message: on one line, printable, at most 100 characters."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        text = str(value)
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:101])
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def whole_lines(path: Path) -> list[str]:
     """Of JSON lines that are written as the work goes on: all but a last one that was cut off."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines: a text may hold U+2028
+    return read_text(path).split("\n")[:-1]  # not splitlines: a text may hold U+2028
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
+def write_text(path: str | Path, text: str):
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_json(path: str | Path, content, indent: int | None = None):
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def write_atomically(path: str | Path, write: Callable):
+    """Call write(file) with a binary file that is renamed to `path` once all of it is written."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # two runs may write one file, each for itself
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        cause = error.strerror or error
+        hint = "is the disk full, or the folder read-only?"
+        raise OSError(f"{path}: could not be written ({cause}); {hint}") from None
+    finally:
+        temporary.unlink(missing_ok=True)  # gone by now unless something failed
+
+
+# The command line --------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with help that reads like a page and mistakes in one line."""
+
+    def __init__(self, **options):
+        page = functools.partial(argparse.HelpFormatter, max_help_position=26, width=100)
+        super().__init__(formatter_class=page, allow_abbrev=False, **options)
+
+    def flags(self) -> list[str]:
+        return [text for action in self._actions for text in action.option_strings]
+
+    def error(self, message):
+        several = "TORCHELASTIC_RUN_ID" in os.environ  # of several processes the first speaks
+        silent = several and os.environ.get("RANK") != "0"
+        self.exit(2, None if silent else f"{self.prog}: error: {message}; see --help\n")
+
+
+def number(kind: type, lowest: float, above=False, most: float = math.inf):
+    """For argparse's type=: a finite int or float, at least (or above) `lowest`, at most `most`."""
+
+    def parse(text):
+        value = kind(text)
+        too_low = value <= lowest if above else value < lowest
+        if too_low or value > most or not math.isfinite(value):
+            bound = f"more than {lowest}" if above else f"at least {lowest}"
+            bound += "" if most == math.inf else f" and at most {most}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bound}")
+        return value
+
+    # argparse says "invalid whole number value: ..."
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+count = number(int, 1)
+positive = number(float, 0, above=True)
+from_zero = number(float, 0)
+
+
+# The boundary ------------------------------------------------------------------------------------
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, with what a user should know: what is where, how to go on."""
+
+    def __init__(self, message: str, code: int = 130):
+        super().__init__(message)
+        self.code = code  # 128 + the signal's number
+
+
+def command(main: Callable) -> Callable:
+    """Decorates a script's main: the one place where what goes wrong becomes a line and a code.
+
+    ValueError and OSError are the user's input or machine: one line on stderr, exit code 1. Ctrl-C
+    exits with 130, SIGTERM with 143. (Usage errors are argparse's: exit code 2.) Anything else is a
+    defect of this project and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def guarded(*arguments):
+        before = signal.signal(signal.SIGTERM, terminate)
+        try:
+            return main(*arguments)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {one_line(error)}")
+        except KeyboardInterrupt as stop:
+            print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
+            sys.exit(getattr(stop, "code", 130))
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return guarded
+
+
+def terminate(number, frame):
+    raise Stopped("", 128 + number)
+
+
+def one_line(error: Exception) -> str:
+    """An error's message: whatever a library put into it, on one line of bounded length."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename:  # else it would begin with "[Errno 28]"
+        text = f"{error.filename}: {error.strerror}; is there room, and may it be written?"
+    return text if len(text) <= 1000 else f"{text[:997]}..."
+
+
+# A run's folder ----------------------------------------------------------------------------------
+
+
+def check_run_folder(out: Path, resume: bool, overwrite: bool, written: Iterable[str]):
+    """Nothing that a user has is lost: ValueError unless the folder is free of what a run writes
+    there (`written`), or holds a run and the flags say what to do with it."""
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite: choose one")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is not a folder; choose another")
+    has_run = (out / "metrics.jsonl").exists()
+    unfinished = (out / "state.safetensors").exists()
+    if resume and not unfinished:
+        raise ValueError(
+            f"{out} holds no unfinished run to resume (no state.safetensors); drop --resume"
+        )
+    others = [name for name in ("config.json", *written) if (out / name).exists()]
+    if others and not has_run:
+        raise ValueError(
+            f"{out} holds {others[0]}, but no run (a model folder, an adapter?); "
+            "choose another --out"
+        )
+    if has_run and not (resume or overwrite):
+        go_on = "continue it with --resume, " if unfinished else ""
+        raise ValueError(
+            f"{out} already holds a run: {go_on}replace it with --overwrite, "
+            "or choose another --out"
+        )
+
+
+def changes(then: dict, now: dict) -> str:
+    """What differs in the settings of a continued work, "" if nothing does."""
+    changed = [name for name in now if then.get(name) != now[name]]
+    texts = [f"{name} {shown(then.get(name))} then, {shown(now[name])} now" for name in changed]
+    return "; ".join(texts)
 
 
 class Log:
-    """metrics.jsonl: one JSON object a line; and the same on the screen, above the progress bar. Of several processes
-    the first writes."""
+    """metrics.jsonl: one JSON object a line; and a text on the screen, above the progress bar.
 
-    def __init__(self, path: Path, keep_until: int | None):
+    keep_until: a run is resumed at this step; lines of later ones will be written again.
+    path None: the screen alone (of several processes the first writes the file).
+    """
+
+    def __init__(self, path: Path | None, keep_until: int | None):
+        self.file = None
+        if path is None:
+            return
         kept = []
-        if keep_until is not None:  # resuming: lines after the saved state will be written again
-            kept = [line for line in whole_lines(path) if json.loads(line).get("step", 0) <= keep_until]
+        if keep_until is not None:
+            kept = [
+                line for line in whole_lines(path) if json.loads(line).get("step", 0) <= keep_until
+            ]
         write_text(path, "".join(f"{line}\n" for line in kept))
-        self.file = open(path if RANK == 0 else os.devnull, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
 
     def write(self, text: str, **record):
         tqdm.write(text)
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
 
 
-def state_tensors(model, optimizer) -> dict[str, torch.Tensor]:
-    """Everything that a step changes, by name: the trained parameters and AdamW's moments and step count."""
-    tensors = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            tensors[f"param.{name}"] = p.data
-            tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
-    return tensors
-
-
-def steps_done(optimizer) -> int:
-    return int(next(iter(optimizer.state.values()))["step"])
-
-
-def check_finite(model):
-    """ValueError if training made a number that is none. Of several processes all find out together."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    bad = [name for name, p in trained if not whole(p.detach()).isfinite().all()]
-    if bad:
-        raise ValueError(f"{len(bad)} trained tensors are not finite, {bad[0]} is one: training diverged; lower --lr")
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: of the GPU's allocator, or of this process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+def peak_memory() -> int:
+    """Bytes that this process held at most, of main memory; 0 where there is no way to ask."""
     if sys.platform == "win32":
-        return 0  # its Python has no way to ask
+        return 0
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class InertCheck:
-    """Attached, listed, stepped, and inert is the commonest silent failure: every trainable tensor must get a gradient.
-
-    Two steps are watched, since A has none at the first one if B starts at 0. A layer whose chosen experts no token
-    reached in them is excused.
-    """
-
-    def __init__(self, model):
-        self.silent = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.chosen = getattr(getattr(model, "adapter_config", None), "experts", None) or []
-        self.reached = [False] * len(self.chosen)
-
-    def watch(self, counts: torch.Tensor):
-        """After a backward pass; counts (L, E): how often the step's tokens chose each expert."""
-        self.silent = {n: p for n, p in self.silent.items() if p.grad is None or not whole(p.grad).any()}
-        for i, ids in enumerate(self.chosen):
-            self.reached[i] |= counts[i][ids].sum().item() > 0
-
-    def verdict(self, expected: str | None):
-        """ValueError naming the tensors still without one; names that contain `expected` were warned about before."""
-        excused = [f"layers.{i}." for i, reached in enumerate(self.reached) if not reached]
-        excused += [expected] if expected else []
-        silent = [name for name in self.silent if not any(part in name for part in excused)]
-        if silent:
-            raise ValueError(f"{len(silent)} trainable tensors had no gradient in two steps: {', '.join(silent[:3])}; "
-                             "attached but inert. Is their output detached, or does no token reach them?")
+def free_memory() -> float:
+    """Bytes of main memory that a process may still take; infinity where nobody says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    sizes = dict(line.split(":") for line in lines)  # {"MemAvailable": " 123 kB"}
+    return 1024 * int(sizes["MemAvailable"].split()[0])
