@@ -1,19 +1,27 @@
-"""One model over several GPUs: `torchrun --nproc_per_node=8 train.py ...`, and the same code without that prefix.
+"""One model over several GPUs: `torchrun --nproc_per_node=8 train.py ...`, and without that prefix.
 
-Each of W processes holds 1/W of every parameter (of its first dimension: some rows of a matrix, some experts of a
-stack), of the gradients and of AdamW's moments, and works on its own rows of the batch. PyTorch's `fully_shard`
-(FSDP2) gathers a block's parameters right before they are used and frees them after; in the backward pass it averages
-the gradients, and leaves each process its share of them. What a caller must know:
+Each of W processes holds 1/W of every parameter (of its first dimension: some rows of a matrix,
+some experts of a stack), of the gradients and of AdamW's moments, and works on its own rows of the
+batch. PyTorch's `fully_shard` (FSDP2) gathers a block's parameters right before they are used and
+frees them after; in the backward pass it averages the gradients, and leaves each process its share
+of them. What a caller must know:
 
-  * Every process makes the same calls in the same order: a forward pass, an evaluation, a save is a meeting of all.
-  * Losses are divided by numbers of the whole batch (labels, tokens), so that the processes' losses sum to the loss
-    of one process; and multiplied by W for the backward pass, since an average is W times too small.
-  * No process ever holds the whole of a loaded model: it is built without memory, cut, and each share filled from the
-    files. Saving gathers one tensor at a time; process 0 writes.
+  * Every process makes the same calls in the same order: a forward pass, an evaluation, a save is a
+    meeting of all.
+  * Losses are divided by numbers of the whole batch (labels, tokens), so that the processes' losses
+    sum to the loss of one process; and multiplied by W for the backward pass, since an average is W
+    times too small.
+  * No process ever holds the whole of a loaded model: it is built without memory, cut, and each
+    share filled from the files (data/hub.py). Saving gathers one parameter at a time; process 0
+    writes.
 
-Ctrl-C goes to torchrun, which stops all: what was saved last is there, and --resume goes on from it.
+Ctrl-C goes to torchrun, which stops all: what was saved last is there, and --resume goes on from
+it.
 
-Frozen bfloat16 weights and float32 adapters may stand in one block (they travel as bytes); what trains has one dtype.
+Frozen bfloat16 weights and float32 adapters may stand in one block (they travel as bytes); what
+trains has one dtype.
+
+Imported as `from data import shard as processes`, so that its verbs say of what they speak.
 """
 
 import os
@@ -21,13 +29,15 @@ import sys
 
 import torch
 
-# Set by torchrun, and believed from it alone: other launchers set them too, for processes that do not work together.
-SHARED = "TORCHELASTIC_RUN_ID" in os.environ
-RANK, WORLD = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if SHARED else (0, 1)
+# Set by torchrun, and believed from it alone: other launchers set them too, for processes that do
+# not work together.
+SHARED = {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys()
+RANK = int(os.environ["RANK"]) if SHARED else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if SHARED else 1
 
 
 def start(device: str) -> str:
-    """Join the processes that torchrun started -> the device of this one. Alone: nothing to join, `device` itself."""
+    """Join the processes that torchrun started -> this one's device. Alone: `device` itself."""
     if WORLD == 1:
         return device
     if device.startswith("cuda"):
@@ -44,9 +54,12 @@ def meet():
 
 
 def stop():
-    """The end of a process that torchrun started. All leave together: one that tears its connections down while another
-    still uses them brings that one down. And at once: threads of theirs outlive the group, and one that wakes up while
-    Python is being taken down aborts a process whose work was done."""
+    """The end of a process that torchrun started.
+
+    All leave together: one that tears its connections down while another still uses them brings
+    that one down. And at once: threads of theirs outlive the group, and one that wakes up while
+    Python is being taken down aborts a process whose work was done.
+    """
     if WORLD > 1:
         meet()
         torch.distributed.destroy_process_group()
@@ -64,9 +77,12 @@ def total(t: torch.Tensor) -> torch.Tensor:
 
 
 def micro_batches(batch: tuple, rows: int):
-    """A step's (input_ids, labels, mask), each (B, T), the same on every process -> one by one this process's parts
-    of at most `rows` rows, as many parts on each. Where the last rows do not go round, some get a row that counts
-    nowhere: who stays away from a meeting stops the others."""
+    """A step's (input_ids, labels, mask), each (B, T), the same on every process -> one by one this
+    process's parts of at most `rows` rows, as many parts on each.
+
+    Where the last rows do not go round, some get a row that counts nowhere: who stays away from a
+    meeting stops the others.
+    """
     for first in range(0, len(batch[0]), rows * WORLD):
         part = [t[first : first + rows * WORLD] for t in batch]
         if RANK < len(part[0]):
@@ -81,8 +97,17 @@ def whole(t: torch.Tensor) -> torch.Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def shard(model, device: str):
-    """Cut `model` in place, block by block. Best on the meta device, with all that trains attached."""
+def held(t: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The rows of a tensor (of its first dimension) that are here, and the number of the first.
+    The first processes hold ceil(n / W) each."""
+    if not hasattr(t, "to_local"):
+        return t, 0
+    each = -(-len(t) // WORLD)
+    return t.to_local(), RANK * each
+
+
+def cut(model, device: str):
+    """Cut `model` in place, block by block. Best on the meta device, with all that trains there."""
     if WORLD == 1:
         return
     # imported here: it takes a second, and one process does without
@@ -90,54 +115,6 @@ def shard(model, device: str):
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.split(":")[0], (WORLD,))
-    for part in (*model.layers, model):  # the root last: it takes what is left, embeddings, norm and head
+    # the root last: it takes what is left, embeddings, norm and head
+    for part in (*model.layers, model):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
-
-
-# Shares: what loading and saving see ---------------------------------------------------------------------------------
-
-
-def rows_held(t) -> slice:
-    """Which rows of a cut tensor (of its first dimension) are here: the first processes hold ceil(n / W) each."""
-    each = -(-len(t) // WORLD)
-    return slice(RANK * each, RANK * each + len(t.to_local()))
-
-
-def copy_into(place, source: torch.Tensor):
-    """Copy a tensor of a file, of which only the part that this process holds is read, into its place."""
-    if hasattr(place, "to_local"):
-        place, source = place.to_local(), source[rows_held(place)]
-    place.copy_(source)
-
-
-class Matrix:
-    """A matrix of a cut stack (or half of one): here on its owner, a shape without memory elsewhere."""
-
-    def __init__(self, tensor: torch.Tensor, owner: int, device):
-        self.tensor, self.owner, self.device = tensor, owner, device
-        self.shape, self.dtype, self.nbytes = tensor.shape, tensor.dtype, tensor.nbytes
-
-    def chunk(self, parts: int) -> list["Matrix"]:
-        return [Matrix(t, self.owner, self.device) for t in self.tensor.chunk(parts)]
-
-    def copy_(self, source: torch.Tensor):
-        self.tensor.copy_(source)  # into a shape without memory: nothing is read or copied
-
-    def numel(self) -> int:
-        return self.tensor.numel()
-
-    def full_tensor(self) -> torch.Tensor:
-        here = self.tensor.contiguous() if self.owner == RANK else torch.empty_like(self.tensor, device=self.device)
-        torch.distributed.broadcast(here, self.owner)
-        return here
-
-
-def matrices(stack) -> list:
-    """The matrices of a stack (E, ., .), each where it lies: nothing is copied."""
-    if not hasattr(stack, "to_local"):
-        return list(stack)
-    held, local, each = rows_held(stack), stack.to_local(), -(-len(stack) // WORLD)
-    elsewhere = torch.empty(stack.shape[1:], dtype=stack.dtype, device="meta")
-    here = range(len(stack))[held]
-    return [Matrix(local[e - held.start] if e in here else elsewhere, e // each, local.device)
-            for e in range(len(stack))]  # fmt: skip

@@ -1,32 +1,53 @@
-"""The transformer is OLMoE and Mixtral: logits, gradients and generated tokens equal those of the transformers library.
+"""The transformer is OLMoE and Mixtral: logits, gradients and generated tokens equal those of the
+transformers library.
 
-Every comparison is on tiny models with random weights, norms included, so that two swapped parts cannot look equal.
+Every comparison is on tiny models with random weights, norms included, so that two swapped parts
+cannot look equal.
 """
 
 import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Config, KVCache, MoETransformer, active_parameters, hub_tensors, main
+import model as model_file
+from data import hub
+from data.decode import KVCache
+from model import Config, MoETransformer, active_parameters, main
 from moe import load_balancing_loss
 
 transformers = pytest.importorskip("transformers", reason="the reference of this file")
 
 TINY = {
-    "vocab_size": 83, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 83,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 OLMOE = {"model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 3}
-MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 2,
+}
 CASES = {
     "olmoe": OLMOE,
     "olmoe_renormalised_and_clipped": OLMOE | {"norm_topk_prob": True, "clip_qkv": 0.4},
-    "olmoe_grouped_queries_top_1": OLMOE | {"num_key_value_heads": 2, "num_experts_per_tok": 1, "rope_theta": 500.0},
+    "olmoe_grouped_queries_top_1": OLMOE
+    | {"num_key_value_heads": 2, "num_experts_per_tok": 1, "rope_theta": 500.0},
     "mixtral": MIXTRAL,
-    "mixtral_one_key_head_all_experts": MIXTRAL | {"num_key_value_heads": 1, "num_experts_per_tok": 4},
-    "mixtral_wide_heads_tied": MIXTRAL | {"head_dim": 16, "num_attention_heads": 6, "tie_word_embeddings": True},
+    "mixtral_one_key_head_all_experts": MIXTRAL
+    | {"num_key_value_heads": 1, "num_experts_per_tok": 4},
+    "mixtral_wide_heads_tied": MIXTRAL
+    | {"head_dim": 16, "num_attention_heads": 6, "tie_word_embeddings": True},
 }
 LENGTHS = (12, 5, 9)  # of the texts of a padded batch
 every_case = pytest.mark.parametrize("case", CASES)
@@ -40,17 +61,20 @@ def make_reference(seed, **changes):
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
     model = transformers.AutoModelForCausalLM.from_config(config, **plain).eval()
     for name, p in model.named_parameters():
-        p.data.normal_(1, 0.3) if "norm" in name else p.data.normal_(0, 1 if "embed" in name else p.shape[-1] ** -0.5)
+        if "norm" in name:
+            p.data.normal_(1, 0.3)
+        else:
+            p.data.normal_(0, 1 if "embed" in name else p.shape[-1] ** -0.5)
     return model
 
 
 def make_ours(reference):
     """Our model with the reference's weights: the same names, each tensor copied once."""
-    model = MoETransformer(Config.from_dict(reference.config.to_dict())).eval()
-    places, weights = hub_tensors(model, fused=True), dict(reference.named_parameters())
+    model = MoETransformer(hub.make_config(reference.config.to_dict(), Config)).eval()
+    places, weights = hub.places(model, fused=True), dict(reference.named_parameters())
     assert places.keys() == weights.keys()
     for name, place in places.items():
-        place.copy_(weights[name].data)
+        place.fill(weights[name].data)
     return model
 
 
@@ -81,10 +105,17 @@ def set_path(model, path):
 
 
 def gradients(model):
-    """Our gradients under the names of the checkpoint: a hub table of a model that holds them in place of weights."""
+    """Our gradients under the names of the checkpoint: what is at the places of a model that holds
+    them instead of weights."""
     for p in model.parameters():
         p.data = p.grad
-    return hub_tensors(model, fused=True)
+    return {name: taken(place) for name, place in hub.places(model, fused=True).items()}
+
+
+def taken(place):
+    if isinstance(place, hub.Stack):
+        return torch.stack([taken(part) for part in place.places])
+    return place.of(place.parameter.detach())
 
 
 def assert_equal_gradients(model, reference):
@@ -92,17 +123,20 @@ def assert_equal_gradients(model, reference):
     assert ours.keys() == theirs.keys()
     gaps = {name: gap(ours[name], theirs[name]) for name in theirs}
     assert max(gaps.values()) < 1e-4, gaps
-    assert all(g.abs().max() > 0 for g in theirs.values()), "a gradient of zeros would compare nothing"
+    assert all(g.abs().max() > 0 for g in theirs.values()), (
+        "a gradient of zeros would compare nothing"
+    )
 
 
-# Forward and backward -----------------------------------------------------------------------------------------------
+# Forward and backward ----------------------------------------------------------------------------
 
 
 @every_case
 @every_seed
 @pytest.mark.parametrize("padding", ["no_mask", "left", "right"])
 def test_logits_and_router_logits_equal_transformers(case, seed, padding):
-    """Within 1e-5 of the largest, at every position that is no padding, on both paths of the experts."""
+    """Within 1e-5 of the largest, at every position that is no padding, on both paths of the
+    experts."""
     model, reference = make_pair(seed, case)
     ids, mask = make_batch(seed, padding)
     theirs = reference(ids, attention_mask=mask, output_router_logits=True)
@@ -118,14 +152,19 @@ def test_logits_and_router_logits_equal_transformers(case, seed, padding):
 
 @every_case
 @pytest.mark.parametrize("path", ["loop", "grouped"])
-@pytest.mark.parametrize(("seed", "padding"), [(0, "no_mask"), (1, "left"), (2, "right"), (3, "left")])
+@pytest.mark.parametrize(
+    ("seed", "padding"), [(0, "no_mask"), (1, "left"), (2, "right"), (3, "left")]
+)
 def test_the_gradient_of_every_parameter_equals_transformers(case, path, seed, padding):
-    """The loss is that of transformers, where some tokens are labelled and others are not; gradients within 1e-4."""
+    """The loss is that of transformers, where some tokens are labelled and others are not;
+    gradients within 1e-4."""
     model, reference = make_pair(seed, case)
     set_path(model, path)
     ids, mask = make_batch(seed, padding)
     hidden = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
-    if mask is not None:  # a text's first token has padding before it, or nothing: there is no position to predict it
+    if (
+        mask is not None
+    ):  # a text's first token has padding before it, or nothing: there is no position to predict it
         hidden = hidden | (mask == 0) | (F.pad(mask, (1, -1)) == 0)
     labels = ids.masked_fill(hidden, -100)
 
@@ -140,15 +179,22 @@ def test_the_gradient_of_every_parameter_equals_transformers(case, path, seed, p
 @pytest.mark.parametrize("case", ["olmoe", "olmoe_renormalised_and_clipped", "mixtral"])
 @pytest.mark.parametrize("padding", ["no_mask", "left", "right"])
 def test_the_balance_loss_trains_one_layer_as_transformers_does(case, padding):
-    """On one layer transformers adds coefficient * K * our balance loss: the same loss and the same gradients."""
-    reference = make_reference(5, **CASES[case] | {"num_hidden_layers": 1, "router_aux_loss_coef": 0.3})
+    """On one layer transformers adds coefficient * K * our balance loss: the same loss and the same
+    gradients."""
+    reference = make_reference(
+        5, **CASES[case] | {"num_hidden_layers": 1, "router_aux_loss_coef": 0.3}
+    )
     model = make_ours(reference)
     ids, mask = make_batch(5, padding)
-    labels = ids if mask is None else ids.masked_fill((mask == 0) | (F.pad(mask, (1, -1)) == 0), -100)
+    labels = (
+        ids if mask is None else ids.masked_fill((mask == 0) | (F.pad(mask, (1, -1)) == 0), -100)
+    )
     theirs = reference(ids, attention_mask=mask, labels=labels, output_router_logits=True).loss
     out = model(ids, mask, labels=labels)
     c = model.config
-    ours = out.loss + c.router_aux_loss_coef * c.num_experts_per_tok * load_balancing_loss(out.routings[0], mask)
+    ours = out.loss + c.router_aux_loss_coef * c.num_experts_per_tok * load_balancing_loss(
+        out.routings[0], mask
+    )
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     assert ours.item() > out.loss.item() + 0.1, "the balance loss is a part that shows"
     theirs.backward()
@@ -157,7 +203,8 @@ def test_the_balance_loss_trains_one_layer_as_transformers_does(case, padding):
 
 
 def test_clipping_is_at_work_in_the_clipped_case():
-    """The comparison above would say nothing about clip_qkv if no query, key or value reached the limit."""
+    """The comparison above would say nothing about clip_qkv if no query, key or value reached the
+    limit."""
     model, _ = make_pair(0, "olmoe_renormalised_and_clipped")
     ids, _ = make_batch(0, "no_mask")
     clipped = model(ids).logits
@@ -168,12 +215,17 @@ def test_clipping_is_at_work_in_the_clipped_case():
 
 @pytest.mark.parametrize("case", ["olmoe", "mixtral"])
 def test_what_stands_in_the_padding_changes_nothing(case):
-    """A text alone, padded left, padded right, and with other tokens in the padding: the same logits, and no NaN."""
+    """A text alone, padded left, padded right, and with other tokens in the padding: the same
+    logits, and no NaN."""
     model, _ = make_pair(1, case)
     text = torch.randint(1, 83, (1, 7))
     alone = model(text).logits
     for fill in (0, 82):
-        padding, seen, unseen = torch.full((1, 4), fill), torch.ones(1, 7).long(), torch.zeros(1, 4).long()
+        padding, seen, unseen = (
+            torch.full((1, 4), fill),
+            torch.ones(1, 7).long(),
+            torch.zeros(1, 4).long(),
+        )
         left = model(torch.cat((padding, text), 1), torch.cat((unseen, seen), 1)).logits
         right = model(torch.cat((text, padding), 1), torch.cat((seen, unseen), 1)).logits
         assert gap(left[:, 4:], alone) < 1e-5 and gap(right[:, :7], alone) < 1e-5
@@ -181,7 +233,8 @@ def test_what_stands_in_the_padding_changes_nothing(case):
 
 
 def test_the_loss_is_the_mean_over_the_labelled_tokens():
-    """By hand: position t predicts token t + 1, -100 does not count, and the first token is predicted by nobody."""
+    """By hand: position t predicts token t + 1, -100 does not count, and the first token is
+    predicted by nobody."""
     model, _ = make_pair(2, "olmoe")
     ids, _ = make_batch(2, "no_mask")
     labels = torch.full_like(ids, -100)
@@ -193,7 +246,8 @@ def test_the_loss_is_the_mean_over_the_labelled_tokens():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_logits_are_those_of_transformers_but_for_rounding(dtype):
-    """All experts take part, so that no choice can flip: our 16-bit logits are as near to float32 as theirs are."""
+    """All experts take part, so that no choice can flip: our 16-bit logits are as near to float32
+    as theirs are."""
     model, reference = make_pair(0, "mixtral_one_key_head_all_experts")
     ids, _ = make_batch(0, "no_mask")
     exact = model(ids).logits
@@ -203,17 +257,30 @@ def test_sixteen_bit_logits_are_those_of_transformers_but_for_rounding(dtype):
     assert gap(ours, exact) < 1.5 * gap(theirs, exact)
 
 
-# Sizes --------------------------------------------------------------------------------------------------------------
+# Sizes -------------------------------------------------------------------------------------------
 
 OLMOE_7B = {
-    "model_type": "olmoe", "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
-    "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
-}  # fmt: skip
+    "model_type": "olmoe",
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+}
 MIXTRAL_8X7B = {
-    "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
     "num_experts_per_tok": 2,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -221,14 +288,21 @@ MIXTRAL_8X7B = {
     [(OLMOE_7B, 3219, 6_919_161_856, 56), (MIXTRAL_8X7B, 995, 46_702_792_704, 6)],
     ids=["OLMoE-1B-7B", "Mixtral-8x7B"],
 )
-def test_the_published_models_have_as_many_tensors_and_parameters_as_their_files(config, tensors, total, idle_experts):
-    """Counts of the files on the hub; active: the same less the experts that a token does not meet."""
+def test_the_published_models_have_as_many_tensors_and_parameters_as_their_files(
+    config, tensors, total, idle_experts
+):
+    """Counts of the files on the hub; active: the same less the experts that a token does not
+    meet."""
     with torch.device("meta"):
-        model = MoETransformer(Config.from_dict(config))
-    assert len(hub_tensors(model)) == tensors
-    assert sum(t.numel() for t in hub_tensors(model).values()) == sum(p.numel() for p in model.parameters()) == total
+        model = MoETransformer(hub.make_config(config, Config))
+    shapes = [place.shape for place in hub.places(model).values()]
+    assert len(shapes) == tensors
+    assert sum(map(math.prod, shapes)) == sum(p.numel() for p in model.parameters()) == total
     expert = 3 * config["hidden_size"] * config["intermediate_size"]
-    assert active_parameters(model) == total - config["num_hidden_layers"] * idle_experts * expert
+    assert (
+        active_parameters(model.config)
+        == total - config["num_hidden_layers"] * idle_experts * expert
+    )
 
 
 def test_python_model_py_prints_what_is_in_a_folder(tmp_path, monkeypatch, capsys):
@@ -240,15 +314,18 @@ def test_python_model_py_prints_what_is_in_a_folder(tmp_path, monkeypatch, capsy
     text = capsys.readouterr().out
     total = sum(p.numel() for p in model.parameters())
     assert json.loads(text[: text.rindex("}") + 1])["num_local_experts"] == 4
-    assert f"{len(hub_tensors(model))} tensors, {total:,} parameters, {active_parameters(model):,} active" in text
+    tensors, active = len(hub.places(model)), active_parameters(model.config)
+    assert f"{tensors} tensors, {total:,} parameters, {active:,} active" in text
 
 
-# Generation ---------------------------------------------------------------------------------------------------------
+# Generation --------------------------------------------------------------------------------------
 
 
 def make_prompts(seed, lengths=(3, 8, 1, 5)):
     generator = torch.Generator().manual_seed(200 + seed)
-    return [torch.randint(1, TINY["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+    return [
+        torch.randint(1, TINY["vocab_size"], (n,), generator=generator).tolist() for n in lengths
+    ]
 
 
 def generate_with_transformers(reference, prompts, max_new_tokens, num_beams, eos_ids):
@@ -256,20 +333,32 @@ def generate_with_transformers(reference, prompts, max_new_tokens, num_beams, eo
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    options = {"do_sample": False, "num_beams": num_beams, "pad_token_id": 0, "eos_token_id": eos_ids or None}
-    new = reference.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)[:, longest:].tolist()
-    return [row[: min(row.index(e) if e in row else len(row) for e in (*eos_ids, None))] for row in new]
+    options = {
+        "do_sample": False,
+        "num_beams": num_beams,
+        "pad_token_id": 0,
+        "eos_token_id": eos_ids or None,
+    }
+    new = reference.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)[
+        :, longest:
+    ].tolist()
+    return [
+        row[: min(row.index(e) if e in row else len(row) for e in (*eos_ids, None))] for row in new
+    ]
 
 
 @every_case
 @pytest.mark.parametrize("num_beams", [1, 4])
 @pytest.mark.parametrize(("seed", "num_eos"), [(0, 0), (1, 1), (2, 2), (3, 1)])
 def test_generated_tokens_equal_transformers(case, num_beams, seed, num_eos):
-    """Token for token, greedily and with 4 beams, for prompts of several lengths of which some meet an early eos."""
+    """Token for token, greedily and with 4 beams, for prompts of several lengths of which some meet
+    an early eos."""
     model, reference = make_pair(seed, case)
     prompts, length = make_prompts(seed), 10
     free = generate_with_transformers(reference, prompts, length, num_beams, [])
-    eos_ids = [free[0][4], free[1][2]][:num_eos]  # ids that are likely here, so that they do come up
+    eos_ids = [free[0][4], free[1][2]][
+        :num_eos
+    ]  # ids that are likely here, so that they do come up
     theirs = generate_with_transformers(reference, prompts, length, num_beams, eos_ids)
     model.config.eos_token_id = eos_ids if num_eos == 2 else eos_ids[0] if eos_ids else None
     ours = model.generate(prompts, length, num_beams=num_beams)
@@ -282,14 +371,20 @@ def test_generated_tokens_equal_transformers(case, num_beams, seed, num_eos):
 @pytest.mark.parametrize("seed", [1, 2, 4])
 @pytest.mark.parametrize("num_beams", [2, 4, 8])
 def test_prompts_that_end_at_different_times_equal_transformers(case, seed, num_beams):
-    """As eos the three tokens that come up at most places: beams finish, compete with running ones, and are kept."""
+    """As eos the three tokens that come up at most places: beams finish, compete with running ones,
+    and are kept."""
     model, reference = make_pair(seed, case)
     prompts = make_prompts(seed, lengths=(3, 8, 1, 5, 2, 6))
     free = model.generate(prompts, 12, num_beams=num_beams)
-    places = {token: {row.index(token) for row in free if token in row} for token in range(TINY["vocab_size"])}
+    places = {
+        token: {row.index(token) for row in free if token in row}
+        for token in range(TINY["vocab_size"])
+    }
     model.config.eos_token_id = sorted(places, key=lambda token: len(places[token]))[-3:]
     ours = model.generate(prompts, 12, num_beams=num_beams)
-    assert ours == generate_with_transformers(reference, prompts, 12, num_beams, model.config.eos_ids)
+    assert ours == generate_with_transformers(
+        reference, prompts, 12, num_beams, model.config.eos_ids
+    )
     assert len({len(row) for row in ours}) > 1, "they do end at different times"
 
 
@@ -308,10 +403,15 @@ def test_a_batch_generates_what_its_prompts_generate_alone(case, num_beams):
 @every_case
 @torch.no_grad()
 def test_the_cache_changes_no_logits(case):
-    """Fed in pieces of 5, 1, 1, 3, 2 tokens beside padding, the model gives the logits of one run over all."""
+    """Fed in pieces of 5, 1, 1, 3, 2 tokens beside padding, the model gives the logits of one run
+    over all."""
     model, _ = make_pair(4, case)
     ids, mask = make_batch(4, "left")
-    whole, cache, pieces = model(ids, mask).logits, KVCache(model.config, 3, 12, model.norm.weight), []
+    whole, cache, pieces = (
+        model(ids, mask).logits,
+        KVCache(model.config, 3, 12, model.norm.weight),
+        [],
+    )
     for piece in ids.split([5, 1, 1, 3, 2], dim=1):
         seen = mask[:, : cache.used + piece.shape[1]]
         pieces.append(model(piece, seen, cache=cache).logits)
@@ -340,7 +440,8 @@ def frequencies(model, prompt, draws, **options):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature):
-    """6,000 draws: each token's share within 5 standard deviations of softmax(logits / temperature)."""
+    """6,000 draws: each token's share within 5 standard deviations of softmax(logits /
+    temperature)."""
     model, _ = make_pair(0, "olmoe")
     share, logits = frequencies(model, [5, 6, 7], 6000, temperature=temperature, seed=1)
     probs = (logits / temperature).softmax(-1)
@@ -349,7 +450,8 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature):
 
 @pytest.mark.parametrize("top_p", [0.3, 0.7, 0.95])
 def test_top_p_draws_from_the_head_alone_and_in_its_proportions(top_p):
-    """The tokens that may come are those that transformers' TopPLogitsWarper keeps, in the same proportions."""
+    """The tokens that may come are those that transformers' TopPLogitsWarper keeps, in the same
+    proportions."""
     from transformers.generation.logits_process import TopPLogitsWarper
 
     model, _ = make_pair(0, "olmoe")
@@ -360,10 +462,14 @@ def test_top_p_draws_from_the_head_alone_and_in_its_proportions(top_p):
 
 
 def test_a_seed_decides_what_is_drawn():
-    """The same seed draws the same, another seed something else, and torch's own generator is left alone."""
+    """The same seed draws the same, another seed something else, and torch's own generator is left
+    alone."""
     model, _ = make_pair(0, "mixtral")
     state = torch.get_rng_state()
-    draws = [model.generate(make_prompts(0), 12, temperature=1.0, top_p=0.9, seed=seed) for seed in (1, 1, 2)]
+    draws = [
+        model.generate(make_prompts(0), 12, temperature=1.0, top_p=0.9, seed=seed)
+        for seed in (1, 1, 2)
+    ]
     assert draws[0] == draws[1] != draws[2]
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -382,7 +488,7 @@ def test_no_new_tokens_are_an_empty_list_for_each_prompt(num_beams):
     assert model.generate(make_prompts(1), 0, num_beams=num_beams) == [[], [], [], []]
 
 
-# Mistakes -----------------------------------------------------------------------------------------------------------
+# Mistakes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -417,7 +523,9 @@ def test_the_model_refuses_ids_and_lengths_that_it_does_not_have():
     with pytest.raises(ValueError, match="65 tokens is longer than the model's 64 positions"):
         model(torch.ones(1, 65).long())
     for bad in (83, -1):
-        with pytest.raises(ValueError, match=f"token id {bad} is outside the model's vocabulary 0..82"):
+        with pytest.raises(
+            ValueError, match=f"token id {bad} is outside the model's vocabulary 0..82"
+        ):
             model(torch.tensor([[1, bad, 2]]))
     cache = KVCache(model.config, 1, 64, model.norm.weight)
     model(torch.ones(1, 60).long(), cache=cache)
@@ -425,14 +533,30 @@ def test_the_model_refuses_ids_and_lengths_that_it_does_not_have():
         model(torch.ones(1, 5).long(), cache=cache)
 
 
-def test_labels_choose_the_rows_of_the_head():
-    """With labels the logits of the other positions are never made: the output has a loss and no logits."""
+@pytest.mark.parametrize("chunk", [1024, 10])
+def test_labels_choose_the_rows_of_the_head(monkeypatch, chunk):
+    """With labels the logits of the other positions are never made, and no more at a time than a
+    chunk holds: the output has a loss and no logits."""
     model, _ = make_pair(0, "olmoe")
     ids, mask = make_batch(0, "right")
-    rows = []
-    model.lm_head.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
+    rows, chunk_loss = [], model_file.chunk_loss
+
+    def counted(x, *rest):
+        rows.append(len(x))
+        return chunk_loss(x, *rest)
+
+    def forbidden(module, args, out):
+        rows.append("all")
+
+    monkeypatch.setattr(model_file, "CHUNK", chunk)
+    monkeypatch.setattr(model_file, "chunk_loss", counted)
+    hook = model.lm_head.register_forward_hook(forbidden)
     labels = ids.masked_fill(mask == 0, -100)
     out = model(ids, mask, labels=labels)
-    assert out.logits is None and rows == [sum(LENGTHS) - len(LENGTHS)]
+    hook.remove()
+    assert out.logits is None and sum(rows) == sum(LENGTHS) - len(LENGTHS)
+    assert max(rows) == min(chunk, sum(rows))
     full = model(ids, mask).logits[:, :-1].flatten(0, 1)
-    assert out.loss.item() == pytest.approx(F.cross_entropy(full, labels[:, 1:].flatten()).item(), rel=1e-5)
+    assert out.loss.item() == pytest.approx(
+        F.cross_entropy(full, labels[:, 1:].flatten()).item(), rel=1e-5
+    )

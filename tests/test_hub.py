@@ -1,7 +1,9 @@
-"""Model folders: what we write, transformers and the safetensors library read, and the other way round; a file that is
-broken in any way ends in one line that names the place and the cause, never in a crash or a half-loaded model."""
+"""Model folders: what we write, transformers and the safetensors library read, and the other way
+round; a file that is broken in any way ends in one line that names the place and the cause, never
+in a crash or a half-loaded model."""
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -11,34 +13,43 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import checkpoint
-from data.checkpoint import (
-    DTYPES,
-    SafetensorsFile,
-    checkpoint_files,
-    load_checkpoint,
-    read_json,
-    read_safetensors,
-    tensor_names,
-    write_safetensors,
-    write_text,
-)
-from model import Config, MoETransformer, hub_tensors
+from data import hub, run
+from data.hub import FILE_DTYPES, Place, SafetensorsFile, checkpoint_files
+from model import Config, MoETransformer
 
 ROOT = Path(__file__).parent.parent
 TINY = {
-    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
 OLMOE = {"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 2}
-MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 2,
+}
 CASES = {
     "olmoe": OLMOE,
     "olmoe_every_option": OLMOE
-    | {"norm_topk_prob": True, "clip_qkv": 0.4, "rope_theta": 500.0, "num_key_value_heads": 1, "rms_norm_eps": 1e-3},
+    | {
+        "norm_topk_prob": True,
+        "clip_qkv": 0.4,
+        "rope_theta": 500.0,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-3,
+    },
     "olmoe_tied": OLMOE | {"tie_word_embeddings": True},
     "mixtral": MIXTRAL,
-    "mixtral_wide_heads_tied": MIXTRAL | {"head_dim": 8, "tie_word_embeddings": True, "rope_theta": 2000.0},
+    "mixtral_wide_heads_tied": MIXTRAL
+    | {"head_dim": 8, "tie_word_embeddings": True, "rope_theta": 2000.0},
 }
 DTYPE_CASES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IDS = torch.tensor([[5, 9, 2, 60, 33, 7, 7, 1], [4, 4, 8, 15, 16, 23, 42, 0]])
@@ -49,17 +60,37 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPE_CASES.values(), ids=DTYPE_C
 def make_model(seed=0, **changes):
     """A tiny model with random weights, norms included."""
     torch.manual_seed(seed)
-    model = MoETransformer(Config.from_dict(TINY | (changes or OLMOE)))
+    model = MoETransformer(hub.make_config(TINY | (changes or OLMOE), Config))
     for name, p in model.named_parameters():
         p.data.normal_(1 if "norm" in name else 0, 0.3)
     return model.eval()
 
 
+def tensors_of(model, fused=False):
+    """Name in a Hugging Face folder -> the tensor, taken from its place."""
+    table = hub.places(model, fused)
+    return {name: taken(place) for name, place in table.items()}
+
+
+def taken(place):
+    if isinstance(place, hub.Stack):
+        return torch.stack([taken(part) for part in place.places])
+    return place.of(place.parameter.detach())
+
+
+def write_tensors(path, tensors, dtype=None):
+    """A file of tensors that belong to no model."""
+    hub.write_tensors(path, {name: Place(t) for name, t in tensors.items()}, dtype)
+
+
 def make_reference(dtype=torch.float32, **changes):
-    """The same in transformers. Only parameters are converted: rotary frequencies stay in float32, as on loading."""
+    """The same in transformers. Only parameters are converted: rotary frequencies stay in float32,
+    as on loading."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**TINY | changes)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**TINY | changes)
+    ).eval()
     for name, p in model.named_parameters():
         p.data = p.data.normal_(1 if "norm" in name else 0, 0.3).to(dtype)
     return model
@@ -67,8 +98,12 @@ def make_reference(dtype=torch.float32, **changes):
 
 def load_with_transformers(folder, **options):
     transformers = pytest.importorskip("transformers")
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, **options
+    )
+    assert not any(
+        report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    ), report
     return model.eval()
 
 
@@ -80,18 +115,19 @@ def logits_gap(ours, theirs):
 
 def assert_same_weights(ours, reference):
     weights = dict(reference.named_parameters())
-    places = hub_tensors(ours, fused=True)
-    assert places.keys() == weights.keys()
-    assert all(torch.equal(places[name], weights[name]) for name in places)
+    tensors = tensors_of(ours, fused=True)
+    assert tensors.keys() == weights.keys()
+    assert all(torch.equal(tensors[name], weights[name]) for name in tensors)
 
 
-# Folders go both ways -------------------------------------------------------------------------------------------------
+# Folders go both ways ----------------------------------------------------------------------------
 
 
 @every_case
 @every_dtype
 def test_a_folder_saved_by_us_is_the_same_model_in_transformers(case, dtype, tmp_path):
-    """In float32, bfloat16 and float16: its from_pretrained finds every tensor, and gives the same logits."""
+    """In float32, bfloat16 and float16: its from_pretrained finds every tensor, and gives the same
+    logits."""
     model = make_model(**CASES[case]).to(dtype)
     model.save_pretrained(tmp_path)
     theirs = load_with_transformers(tmp_path)
@@ -104,12 +140,18 @@ def test_a_folder_saved_by_us_is_the_same_model_in_transformers(case, dtype, tmp
 @every_dtype
 @pytest.mark.parametrize("layout", ["per_expert", "fused", "shards", "fused_shards"])
 def test_a_folder_saved_by_transformers_is_the_same_model_here(case, dtype, layout, tmp_path):
-    """Per-expert names and fused ones, one file or many shards, three dtypes: every weight and the logits are equal."""
+    """Per-expert names and fused ones, one file or many shards, three dtypes: every weight and the
+    logits are equal."""
     reference = make_reference(dtype, **CASES[case])
     options = {"max_shard_size": "4KB"} if "shards" in layout else {}
     reference.save_pretrained(tmp_path, save_original_format="fused" not in layout, **options)
-    assert len(checkpoint_files(tmp_path)) > 2 if "shards" in layout else len(checkpoint_files(tmp_path)) == 1
-    assert any(name.endswith("experts.gate_up_proj") for name in tensor_names(tmp_path)) == ("fused" in layout)
+    assert (
+        len(checkpoint_files(tmp_path)) > 2
+        if "shards" in layout
+        else len(checkpoint_files(tmp_path)) == 1
+    )
+    names = hub.Checkpoint(tmp_path).names
+    assert any(name.endswith("experts.gate_up_proj") for name in names) == ("fused" in layout)
     model = MoETransformer.from_pretrained(tmp_path, dtype=dtype)
     assert not model.training and model.norm.weight.dtype == dtype
     assert_same_weights(model, reference)
@@ -118,7 +160,8 @@ def test_a_folder_saved_by_transformers_is_the_same_model_here(case, dtype, layo
 
 @every_case
 def test_a_model_goes_through_both_libraries_and_comes_back_unchanged(case, tmp_path):
-    """transformers saves bfloat16, we load it as float32 and save, transformers loads that: float32, same weights."""
+    """transformers saves bfloat16, we load it as float32 and save, transformers loads that:
+    float32, same weights."""
     reference = make_reference(torch.bfloat16, **CASES[case])
     reference.save_pretrained(tmp_path / "theirs")
     model = MoETransformer.from_pretrained(tmp_path / "theirs")
@@ -127,20 +170,32 @@ def test_a_model_goes_through_both_libraries_and_comes_back_unchanged(case, tmp_
     back = load_with_transformers(tmp_path / "ours")
     assert back.dtype == torch.float32, "config.json has to name the dtype of the file beside it"
     assert_same_weights(model, back)
-    for key in (*TINY, "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "num_key_value_heads"):
+    for key in (
+        *TINY,
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "num_key_value_heads",
+    ):
         assert getattr(back.config, key) == getattr(reference.config, key), key
 
 
 @every_case
 @every_dtype
 def test_saving_and_loading_changes_nothing(case, dtype, tmp_path):
-    """Weights and config bit for bit; `dtype` converts on the way out, loading converts on the way in."""
+    """Weights and config bit for bit; `dtype` converts on the way out, loading converts on the way
+    in."""
     model = make_model(**CASES[case])
     model.save_pretrained(tmp_path, dtype=dtype)
-    stored = {DTYPES[entry["dtype"]] for entry in SafetensorsFile(tmp_path / "model.safetensors").entries.values()}
+    stored = {
+        FILE_DTYPES[entry["dtype"]]
+        for entry in SafetensorsFile(tmp_path / "model.safetensors").entries.values()
+    }
     again = MoETransformer.from_pretrained(tmp_path)
     assert stored == {dtype}
-    assert again.config.to_dict() | {"torch_dtype": None} == model.config.to_dict() | {"torch_dtype": None}
+    assert again.config.to_dict() | {"torch_dtype": None} == model.config.to_dict() | {
+        "torch_dtype": None
+    }
     for ours, loaded in zip(model.parameters(), again.parameters()):
         assert torch.equal(ours.to(dtype).float(), loaded)
     assert (again.lm_head.weight is again.embed_tokens.weight) == model.config.tie_word_embeddings
@@ -148,36 +203,77 @@ def test_saving_and_loading_changes_nothing(case, dtype, tmp_path):
 
 HUB_2024 = {
     "olmoe": {
-        "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None,
-        "eos_token_id": 3, "hidden_act": "silu", "hidden_size": 16, "initializer_range": 0.02, "intermediate_size": 8,
-        "max_position_embeddings": 64, "model_type": "olmoe", "norm_topk_prob": False, "num_attention_heads": 4,
-        "num_experts": 6, "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_key_value_heads": 4,
-        "output_router_logits": False, "pad_token_id": 1, "rope_scaling": None, "rope_theta": 700.0,
-        "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-        "transformers_version": "4.43.0.dev0", "use_cache": True, "vocab_size": 61,
+        "architectures": ["OlmoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "clip_qkv": None,
+        "eos_token_id": 3,
+        "hidden_act": "silu",
+        "hidden_size": 16,
+        "initializer_range": 0.02,
+        "intermediate_size": 8,
+        "max_position_embeddings": 64,
+        "model_type": "olmoe",
+        "norm_topk_prob": False,
+        "num_attention_heads": 4,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "pad_token_id": 1,
+        "rope_scaling": None,
+        "rope_theta": 700.0,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.0.dev0",
+        "use_cache": True,
+        "vocab_size": 61,
     },
     "mixtral": {
-        "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
-        "hidden_act": "silu", "hidden_size": 16, "initializer_range": 0.02, "intermediate_size": 8,
-        "max_position_embeddings": 64, "model_type": "mixtral", "num_attention_heads": 4, "num_experts_per_tok": 2,
-        "num_hidden_layers": 2, "num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": False,
-        "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0",
-        "use_cache": True, "vocab_size": 61,
+        "architectures": ["MixtralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 16,
+        "initializer_range": 0.02,
+        "intermediate_size": 8,
+        "max_position_embeddings": 64,
+        "model_type": "mixtral",
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.0.dev0",
+        "use_cache": True,
+        "vocab_size": 61,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", HUB_2024)
 @pytest.mark.parametrize("spelling", ["2024", "transformers 5"])
 def test_both_spellings_of_a_config_are_the_same_model(kind, spelling, tmp_path):
-    """The hub's files of 2024, key for key, and the same with rope_parameters and dtype: transformers' logits."""
+    """The hub's files of 2024, key for key, and the same with rope_parameters and dtype:
+    transformers' logits."""
     raw = dict(HUB_2024[kind])
     if spelling == "transformers 5":
         raw["rope_parameters"] = {"rope_theta": raw.pop("rope_theta"), "rope_type": "default"}
         raw["dtype"] = raw.pop("torch_dtype")
         raw.pop("rope_scaling", None)
-    make_model(3, **{k: v for k, v in raw.items() if "dtype" not in k}).save_pretrained(tmp_path, torch.bfloat16)
+    make_model(3, **{k: v for k, v in raw.items() if "dtype" not in k}).save_pretrained(
+        tmp_path, torch.bfloat16
+    )
     (tmp_path / "config.json").write_text(json.dumps(raw))
     model = MoETransformer.from_pretrained(tmp_path)
     assert model.config.rope_theta == (700.0 if kind == "olmoe" else 1e6)
@@ -186,25 +282,40 @@ def test_both_spellings_of_a_config_are_the_same_model(kind, spelling, tmp_path)
 
 
 def test_what_a_config_does_not_say_is_what_transformers_assumes():
-    """The smallest config.json of each kind: the same defaults as in the library's config classes."""
+    """The smallest config.json of each kind: the same defaults as in the library's config
+    classes."""
     transformers = pytest.importorskip("transformers")
     sizes = {key: TINY[key] for key in list(TINY)[:5]}
     for kind in (OLMOE, MIXTRAL):
-        ours, theirs = Config.from_dict(sizes | kind), transformers.AutoConfig.for_model(**sizes | kind)
+        ours, theirs = (
+            hub.make_config(sizes | kind, Config),
+            transformers.AutoConfig.for_model(**sizes | kind),
+        )
         for key in ("rms_norm_eps", "tie_word_embeddings", "initializer_range"):
             assert getattr(ours, key) == getattr(theirs, key), key
         assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
-# Files go both ways ---------------------------------------------------------------------------------------------------
+# Files go both ways ------------------------------------------------------------------------------
 
 
 def some_tensors():
-    """Every dtype; a scalar, an empty tensor, a transposed one, a slice, and names that are not ASCII."""
+    """Every dtype; a scalar, an empty tensor, a transposed one, a slice, and names that are not
+    ASCII."""
     torch.manual_seed(0)
-    tensors = {f"of type {name}": (torch.randn(3, 5) * 50).to(dtype) for name, dtype in DTYPES.items()}
-    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "größe / 重み": torch.arange(3)}
-    tensors |= {"transposed": torch.randn(4, 6).t(), "slice": torch.randn(6, 6)[1:5, ::2], "odd": torch.ones(3).byte()}
+    tensors = {
+        f"of type {name}": (torch.randn(3, 5) * 50).to(dtype) for name, dtype in FILE_DTYPES.items()
+    }
+    tensors |= {
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "größe / 重み": torch.arange(3),
+    }
+    tensors |= {
+        "transposed": torch.randn(4, 6).t(),
+        "slice": torch.randn(6, 6)[1:5, ::2],
+        "odd": torch.ones(3).byte(),
+    }
     return tensors
 
 
@@ -217,9 +328,11 @@ def test_the_safetensors_library_reads_what_we_write(tmp_path):
     from safetensors.torch import load_file
 
     path, tensors = tmp_path / "a.safetensors", some_tensors()
-    write_safetensors(path, tensors)
+    write_tensors(path, tensors)
     theirs = load_file(path)
-    assert theirs.keys() == tensors.keys() and all(same(theirs[name], tensors[name]) for name in tensors)
+    assert theirs.keys() == tensors.keys() and all(
+        same(theirs[name], tensors[name]) for name in tensors
+    )
     with library.safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}, "without it transformers refuses the file"
 
@@ -228,19 +341,22 @@ def test_we_read_what_the_safetensors_library_writes(tmp_path):
     pytest.importorskip("safetensors")
     from safetensors.torch import save_file
 
-    path, tensors = tmp_path / "a.safetensors", {name: t.contiguous() for name, t in some_tensors().items()}
+    path, tensors = (
+        tmp_path / "a.safetensors",
+        {name: t.contiguous() for name, t in some_tensors().items()},
+    )
     save_file(tensors, path, metadata={"anything": "at all"})
     file = SafetensorsFile(path)
     assert set(file) == tensors.keys() and len(file) == len(tensors)
     assert all(same(file[name], tensors[name]) for name in tensors)
-    places = {name: torch.empty_like(t) for name, t in tensors.items()}
-    read_safetensors(path, places)
-    assert all(same(places[name], tensors[name]) for name in tensors)
+    copies = {name: torch.empty_like(t) for name, t in tensors.items()}
+    hub.read_tensors(path, {name: Place(t) for name, t in copies.items()})
+    assert all(same(copies[name], tensors[name]) for name in tensors)
 
 
 def test_writing_converts_one_dtype_to_another(tmp_path):
     tensors = {"a": torch.randn(4, 4), "b": torch.randn(3).double()}
-    write_safetensors(tmp_path / "f", tensors, torch.bfloat16)
+    write_tensors(tmp_path / "f", tensors, torch.bfloat16)
     file = SafetensorsFile(tmp_path / "f")
     assert all(same(file[name], t.bfloat16()) for name, t in tensors.items())
 
@@ -249,48 +365,61 @@ def test_data_that_starts_at_an_odd_byte_is_read(tmp_path):
     """The format does not promise alignment: a header of odd length shifts every tensor."""
     t = torch.randn(5)
     head = {"t": {"dtype": "F32", "shape": [5], "data_offsets": [0, 20]}}
-    write_raw(tmp_path / "f", json.dumps(head).encode() + b" " * (1 - len(json.dumps(head)) % 2), t.numpy().tobytes())
+    write_raw(
+        tmp_path / "f",
+        json.dumps(head).encode() + b" " * (1 - len(json.dumps(head)) % 2),
+        t.numpy().tobytes(),
+    )
     assert same(SafetensorsFile(tmp_path / "f")["t"], t)
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------
+# Memory ------------------------------------------------------------------------------------------
 
 MEASURE = """
 import sys, torch
 from model import Config, MoETransformer
 
-def kilobytes(key):  # VmRSS: now; VmHWM: at most, of this process alone (ru_maxrss would begin at the parent's)
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+def size(key):
+    # VmRSS: now; VmHWM: at most, of this process alone (ru_maxrss would begin at the parent's)
+    lines = open("/proc/self/status")
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 with torch.device("meta"):  # first what torch imports on demand
     MoETransformer(Config(8, 8, 8, 1, 1, 1, 1))
-folder, start = sys.argv[1], kilobytes("VmRSS:")
+folder, start = sys.argv[1], size("VmRSS:")
 model = MoETransformer.from_pretrained(folder)
-loaded = kilobytes("VmHWM:") - start
+loaded = size("VmHWM:") - start
 model.save_pretrained(folder + "/again", torch.bfloat16)
-print(loaded * 1024, (kilobytes("VmHWM:") - start) * 1024, sum(p.nbytes for p in model.parameters()))
+print(loaded, size("VmHWM:") - start, sum(p.nbytes for p in model.parameters()))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory as Linux reports it")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="measures memory as Linux reports it"
+)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 def test_loading_and_saving_hold_the_model_once(stored, tmp_path):
-    """A model of 300 MB, in a fresh process: its memory never grows by more than 1.15 times that, saving included."""
-    config = Config.from_dict(TINY | OLMOE | {"num_experts": 48, "hidden_size": 512, "intermediate_size": 512})
+    """A model of 300 MB, in a fresh process: its memory never grows by more than 1.15 times that,
+    saving included."""
+    sizes = {"num_experts": 48, "hidden_size": 512, "intermediate_size": 512}
+    config = hub.make_config(TINY | OLMOE | sizes, Config)
     with torch.device("meta"):
-        shapes = {name: t.shape for name, t in hub_tensors(MoETransformer(config)).items()}
+        shapes = {name: t.shape for name, t in tensors_of(MoETransformer(config)).items()}
     numbers = torch.randn(max(shape.numel() for shape in shapes.values())).to(stored)
     tensors = {name: numbers[: shape.numel()].view(shape) for name, shape in shapes.items()}
-    write_safetensors(tmp_path / "model.safetensors", tensors)
-    write_text(tmp_path / "config.json", json.dumps(config.to_dict()))
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    run.write_json(tmp_path / "config.json", config.to_dict())
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     loading, with_saving, size = map(int, done.stdout.split())
-    assert size > 300e6 and 0.9 * size < loading <= with_saving < 1.15 * size, (loading / size, with_saving / size)
+    shares = loading / size, with_saving / size
+    assert size > 300e6 and 0.9 < shares[0] <= shares[1] < 1.15, shares
 
 
-# Faulty folders -------------------------------------------------------------------------------------------------------
+# Faulty folders ----------------------------------------------------------------------------------
 
 
 def fault(action, *words, kind=ValueError):
@@ -320,10 +449,26 @@ def change_config(folder, **changes):
 
 def test_a_missing_folder_or_file_is_named(folder):
     """FileNotFoundError with the path and what belongs there."""
-    fault(lambda: load(folder / "nowhere"), folder / "nowhere", "no such folder", kind=FileNotFoundError)
-    fault(lambda: load(folder / "config.json"), "config.json", "no such folder", kind=FileNotFoundError)
+    fault(
+        lambda: load(folder / "nowhere"),
+        folder / "nowhere",
+        "no such folder",
+        kind=FileNotFoundError,
+    )
+    fault(
+        lambda: load(folder / "config.json"),
+        "config.json",
+        "no such folder",
+        kind=FileNotFoundError,
+    )
     (folder / "model.safetensors").rename(folder / "other")
-    fault(lambda: load(folder), folder, "neither model.safetensors nor", "index", kind=FileNotFoundError)
+    fault(
+        lambda: load(folder),
+        folder,
+        "neither model.safetensors nor",
+        "index",
+        kind=FileNotFoundError,
+    )
     (folder / "config.json").unlink()
     fault(lambda: load(folder), folder / "config.json", "no such file", kind=FileNotFoundError)
 
@@ -336,11 +481,20 @@ def test_a_missing_folder_or_file_is_named(folder):
         (b'{"model_type": "olmoe",\n\n"a": }', ["not valid JSON", "line 3"]),
         (b"[1, 2]", ["list", "expected an object"]),
         (b"null", ["expected an object"]),
-        (b'{"a": "\xff"}', ["not valid JSON"]),
-        (b"[" * 100_000, ["not valid JSON"]),
+        (b'{"a": "\xff"}', ["byte 7 is not UTF-8"]),
+        (b"[" * 100_000, ["not valid JSON", "nested too deeply"]),
         (b'{"vocab_size": ' + b"9" * 5000 + b"}", ["not valid JSON"]),
     ],
-    ids=["empty", "cut off", "syntax", "list", "null", "not UTF-8", "nested deeply", "number of 5000 digits"],
+    ids=[
+        "empty",
+        "cut off",
+        "syntax",
+        "list",
+        "null",
+        "not UTF-8",
+        "nested deeply",
+        "number of 5000 digits",
+    ],
 )
 def test_a_corrupt_config_is_named(folder, content, words):
     """ValueError with the path and what is wrong with the JSON."""
@@ -351,13 +505,19 @@ def test_a_corrupt_config_is_named(folder, content, words):
 @pytest.mark.parametrize("model_type", ["llama", None, 5, ["olmoe"], {}, ...])
 def test_an_unsupported_model_type_is_refused_with_the_list_of_supported_ones(folder, model_type):
     change_config(folder, model_type=model_type)
-    fault(lambda: load(folder), folder / "config.json", "model_type", "not supported", "olmoe, mixtral")
+    fault(
+        lambda: load(folder),
+        folder / "config.json",
+        "model_type",
+        "not supported",
+        "olmoe, mixtral",
+    )
 
 
 @pytest.mark.parametrize("key", [*list(TINY)[:5], "num_experts", "num_experts_per_tok"])
-@pytest.mark.parametrize("value", [..., None, "16", 16.0, 0, -4, True, [16], {}])
+@pytest.mark.parametrize("value", [..., None, "16", 16.0, 0, -4, True, [16], {}, 2**31, 10**4000])
 def test_a_size_that_is_missing_or_no_positive_integer_is_refused(folder, key, value):
-    """Also true, which Python counts as the integer 1."""
+    """Also true, which Python counts as the integer 1, and more than 31 bits hold."""
     change_config(folder, **{key: value})
     fault(lambda: load(folder), folder / "config.json", key, "positive integer")
 
@@ -366,40 +526,55 @@ WRONG = {
     "num_key_value_heads": [3, -2, "2", 2.0, [2]],
     "head_dim": [3, -4, "4", 4.0, [4]],
     "norm_topk_prob": ["no", [0]],
-    "rms_norm_eps": ["x", [], {}],
-    "rope_theta": ["x", [], 0, -5.0],
-    "clip_qkv": ["a", [], -1.0],
-    "max_position_embeddings": ["x", 0, -1, 2.5],
+    "rms_norm_eps": ["x", [], {}, math.inf, math.nan],
+    "rope_theta": ["x", [], 0, -5.0, math.inf, math.nan],
+    "clip_qkv": ["a", [], -1.0, math.nan],
+    "max_position_embeddings": ["x", 0, -1, 2.5, 2**31],
     "tie_word_embeddings": ["no", [0]],
     "initializer_range": ["x", []],
     "router_aux_loss_coef": ["x", []],
-    "eos_token_id": ["x", [1, "x"], 1.5, {}],
+    "eos_token_id": ["x", [1, "x"], 1.5, {}, -1, [3, 2**31]],
     "bos_token_id": ["x", 1.5, {}],
     "pad_token_id": ["x", 1.5, {}],
     "hidden_act": ["gelu", 3, []],
     "attention_bias": [True, "yes"],
     "sliding_window": [4096, "x"],
     "rope_scaling": ["yes", {"type": "linear", "factor": 2.0}, {"rope_type": "yarn"}, [1], 5],
-    "rope_parameters": ["yes", {"rope_type": "llama3", "rope_theta": 1e4}, [1], {"rope_theta": "x"}, 5],
+    "rope_parameters": [
+        "yes",
+        {"rope_type": "llama3", "rope_theta": 1e4},
+        [1],
+        {"rope_theta": "x"},
+        5,
+    ],
 }
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values], ids=str)
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in WRONG.items() for value in values], ids=str
+)
 def test_an_option_of_the_wrong_kind_is_refused_and_named(folder, key, value):
-    """ValueError with the file and the key, before any weight is read: never a TypeError from inside the model."""
-    change_config(folder, **{key: value} | ({"rope_theta": ...} if key == "rope_parameters" else {}))
-    word = {"rope_scaling": "rope", "rope_parameters": "rope", "num_key_value_heads": "key"}.get(key, key)
-    fault(lambda: load(folder), folder / "config.json", word)
+    """ValueError with the file and the key, before any weight is read: never a TypeError from
+    inside the model."""
+    changes = {key: value}
+    if key == "rope_parameters":
+        changes["rope_theta"] = ...  # else it would not be asked
+    change_config(folder, **changes)
+    words = {"rope_scaling": "rope", "rope_parameters": "rope", "num_key_value_heads": "key"}
+    fault(lambda: load(folder), folder / "config.json", words.get(key, key))
 
 
 @pytest.mark.parametrize("key", WRONG)
 def test_null_is_the_default_or_refused(folder, key):
-    """Hub files write null for options that are off; where an option needs a value, the error names it."""
+    """Hub files write null for options that are off; where an option needs a value, the error names
+    it."""
     change_config(folder, **{key: None})
     try:
         assert load(folder)(IDS).logits.isfinite().all()
     except ValueError as error:
-        assert str(folder / "config.json") in str(error) and key in str(error) and "\n" not in str(error), error
+        message = str(error)
+        assert str(folder / "config.json") in message and key in message, error
+        assert "\n" not in message, error
 
 
 def test_sizes_that_do_not_fit_together_are_refused(folder):
@@ -412,7 +587,78 @@ def test_sizes_that_do_not_fit_together_are_refused(folder):
     fault(lambda: load(folder), folder / "config.json", "head")
 
 
-# Faulty checkpoints ---------------------------------------------------------------------------------------------------
+CLAIMS = """
+import sys, time, torch
+from model import Config, MoETransformer
+
+with torch.device("meta"):  # first what torch imports on demand
+    MoETransformer(Config(8, 8, 8, 1, 1, 1, 1))
+
+def peak():
+    lines = open("/proc/self/status")
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+
+before, start = peak(), time.perf_counter()
+try:
+    MoETransformer.from_pretrained(sys.argv[1])
+except ValueError as error:
+    print(time.perf_counter() - start, peak() - before, error)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="measures memory as Linux reports it"
+)
+@pytest.mark.parametrize(
+    ("key", "count"),
+    [
+        ("num_hidden_layers", 4_000_000),
+        ("num_experts", 2_000_000_000),
+        ("vocab_size", 2**31 - 1),
+        ("intermediate_size", 2**31 - 1),
+        ("head_dim", 2**31 - 2),
+    ],
+)
+def test_sizes_that_the_files_do_not_hold_are_refused_at_once(folder, key, count):
+    """A model of that many parts would take for ever to build, or all of the memory: one line,
+    within a second, and less than 50 MB."""
+    change_config(folder, **{key: count})
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", CLAIMS, folder]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
+    seconds, memory, message = done.stdout.split(maxsplit=2)
+    assert str(folder) in message and (str(count) in message or "has shape" in message)
+    assert float(seconds) < 1 and int(memory) < 50e6
+
+
+def test_what_is_no_regular_file_is_refused_and_not_opened(folder):
+    """A folder of that name, or a pipe, of which a read would never end."""
+    for name in ("config.json", "model.safetensors"):
+        path = folder / name
+        content = path.read_bytes()
+        path.unlink()
+        path.mkdir()
+        fault(lambda: load(folder), name, "not a regular file")
+        path.rmdir()
+        if hasattr(os, "mkfifo"):
+            os.mkfifo(path)
+            fault(lambda: load(folder), name, "not a regular file")
+            path.unlink()
+        path.write_bytes(content)
+    assert load(folder)
+
+
+def test_a_pointer_in_place_of_the_weights_says_how_to_fetch_them(folder):
+    """What git clones without Git LFS."""
+    pointer = (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69\n"
+    )
+    (folder / "model.safetensors").write_bytes(pointer)
+    fault(lambda: load(folder), folder / "model.safetensors", "Git LFS pointer", "git lfs pull")
+
+
+# Faulty checkpoints ------------------------------------------------------------------------------
 
 
 def make_shards(folder):
@@ -421,7 +667,7 @@ def make_shards(folder):
     names, index = list(whole), {"metadata": {}, "weight_map": {}}
     for i, part in enumerate((names[:20], names[20:]), 1):
         file = f"model-0000{i}-of-00002.safetensors"
-        write_safetensors(folder / file, {name: whole[name] for name in part})
+        write_tensors(folder / file, {name: whole[name] for name in part})
         index["weight_map"] |= dict.fromkeys(part, file)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -442,17 +688,24 @@ def test_a_missing_shard_is_named(folder):
     fault(lambda: load(folder), *words, kind=FileNotFoundError)
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b", "..", ".", "", "a\n../b"])
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "a/b", "..", ".", "", "a\n../b"]
+)
 def test_an_index_cannot_lead_out_of_its_folder(folder, name):
     """A file name is a name of a file in this folder, not a path and not a folder."""
     index = make_shards(folder)
     index["weight_map"]["lm_head.weight"] = name
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     message = fault(lambda: load(folder), folder, kind=(ValueError, FileNotFoundError))
-    assert "not the name of a file in this folder" in message or f"1 of 3 shards are missing: {name}" in message
+    assert (
+        "not the name of a file in this folder" in message
+        or f"1 of 3 shards are missing: {name}" in message
+    )
 
 
-@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {"a": 5}}, {"weight_map": None}, [], "x"])
+@pytest.mark.parametrize(
+    "content", [{}, {"weight_map": []}, {"weight_map": {"a": 5}}, {"weight_map": None}, [], "x"]
+)
 def test_an_index_without_a_map_is_refused(folder, content):
     make_shards(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
@@ -460,16 +713,16 @@ def test_an_index_without_a_map_is_refused(folder, content):
 
 
 def test_an_index_of_nothing_is_refused(folder):
-    """An empty weight_map is no model: every tensor is missing."""
+    """An empty weight_map is no model."""
     make_shards(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-    fault(lambda: load(folder), folder, "missing")
+    fault(lambda: load(folder), folder, "0 tensors")
 
 
 def edit_tensors(path, edit):
     tensors = {name: t.clone() for name, t in SafetensorsFile(path).items()}
     edit(tensors)
-    write_safetensors(path, tensors)
+    write_tensors(path, tensors)
 
 
 ONE = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -477,7 +730,7 @@ ONE = "model.layers.1.mlp.experts.3.up_proj.weight"
 
 def test_a_missing_tensor_is_named(folder):
     edit_tensors(folder / "model.safetensors", lambda t: t.pop(ONE))
-    fault(lambda: load(folder), folder, "1 tensors are missing", ONE, "config.json")
+    fault(lambda: load(folder), folder, "1 tensors are missing", ONE, "configuration")
     change_config(folder, num_hidden_layers=3)
     fault(lambda: load(folder), "tensors are missing", "and", "more")
 
@@ -492,7 +745,8 @@ def test_a_tensor_that_the_model_does_not_have_is_named(folder):
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder):
-    """Also if the number of elements is the same, and if it is a matrix of one row that would be broadcast."""
+    """Also if the number of elements is the same, and if it is a matrix of one row that would be
+    broadcast."""
     path = folder / "model.safetensors"
     edit_tensors(path, lambda t: t.update({ONE: t[ONE].t()}))
     fault(lambda: load(folder), path, ONE, "[16, 8]", "[8, 16]")
@@ -503,28 +757,31 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder):
 def test_a_tensor_in_two_shards_is_named(folder):
     index = make_shards(folder)
     first = folder / "model-00001-of-00002.safetensors"
-    edit_tensors(first, lambda t: t.update({"lm_head.weight": torch.zeros(61, 16)}))
-    assert index["weight_map"]["lm_head.weight"] != first.name
-    fault(lambda: load(folder), folder, "lm_head.weight", "more than one file")
+    edit_tensors(first, lambda t: t.update({ONE: torch.zeros(8, 16)}))
+    assert index["weight_map"][ONE] != first.name
+    fault(lambda: load(folder), folder, ONE, "more than one file")
 
 
 def test_nothing_is_copied_before_everything_was_checked(folder):
-    """The last tensor has a wrong shape, or is missing: the places of all others are as they were."""
+    """The last tensor has a wrong shape, or is missing: the places of all others are as they
+    were."""
     path = folder / "model.safetensors"
     last = list(SafetensorsFile(path))[-1]
     for edit in (lambda t: t.update({last: t[last][:1]}), lambda t: t.pop(last)):
         edit_tensors(path, edit)
         model = make_model(9)
         before = [p.clone() for p in model.parameters()]
-        fault(lambda: load_checkpoint(folder, hub_tensors(model)), last)  # noqa: B023
+        fault(lambda: hub.Checkpoint(folder).fill(hub.places(model)), last)  # noqa: B023
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
-# Faulty safetensors files ---------------------------------------------------------------------------------------------
+# Faulty safetensors files ------------------------------------------------------------------------
 
 
 def write_raw(path, header: bytes, data: bytes = b"", length=None):
-    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+    path.write_bytes(
+        (len(header) if length is None else length).to_bytes(8, "little") + header + data
+    )
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
@@ -537,8 +794,9 @@ def read_all(path):
 
 
 def test_a_file_cut_off_anywhere_is_refused(tmp_path):
-    """Every length from 0 to one byte less than the whole, all of them, as a download may leave it."""
-    write_safetensors(tmp_path / "f", {"a": torch.ones(4), "b": torch.ones(2, 3).half()})
+    """Every length from 0 to one byte less than the whole, all of them, as a download may leave
+    it."""
+    write_tensors(tmp_path / "f", {"a": torch.ones(4), "b": torch.ones(2, 3).half()})
     whole = (tmp_path / "f").read_bytes()
     for length in range(len(whole)):
         (tmp_path / "f").write_bytes(whole[:length])
@@ -550,7 +808,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path):
 @pytest.mark.parametrize("length", [3, 9, 100, 2**31, 2**63, 2**64 - 1])
 def test_a_header_longer_than_the_file_is_refused_without_reading_it(tmp_path, length):
     write_raw(tmp_path / "f", b"{}", length=length)
-    fault(lambda: read_all(tmp_path / "f"), tmp_path / "f", str(length), "cut off or corrupt")
+    fault(lambda: read_all(tmp_path / "f"), tmp_path / "f", str(length), "cut off")
 
 
 @pytest.mark.parametrize(
@@ -566,14 +824,18 @@ def test_a_header_longer_than_the_file_is_refused_without_reading_it(tmp_path, l
         (b"[" * 100_000, ["not JSON"]),
         (b'{"a":' * 100_000, ["not JSON"]),
         (b'{"a": {"dtype": "U8", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}', []),
-        (b'{"a": {}, "a": {}}', ["'a'", "twice"]),
-        (b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', ["'dtype'", "twice"]),
-        (b'{"a": 5}', ["'a'", "no dtype, shape or data_offsets"]),
-        (b'{"a": {"dtype": "F32", "shape": [2]}}', ["'a'", "no dtype, shape or data_offsets"]),
+        (b'{"a": {}, "a": {}}', ['"a"', "twice"]),
+        (
+            b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+            ['"dtype"', "twice"],
+        ),
+        (b'{"a": 5}', ['"a"', "no dtype, shape or data_offsets"]),
+        (b'{"a": {"dtype": "F32", "shape": [2]}}', ['"a"', "no dtype, shape or data_offsets"]),
     ],
 )
 def test_a_header_that_is_no_header_is_refused(tmp_path, header, words):
-    """A ValueError with the path; also for 100,000 brackets, which would exhaust the stack, and 5,000 digits."""
+    """A ValueError with the path; also for 100,000 brackets, which would exhaust the stack, and
+    5,000 digits."""
     write_raw(tmp_path / "f", header, bytes(8))
     fault(lambda: read_all(tmp_path / "f"), tmp_path / "f", *words)
 
@@ -581,58 +843,64 @@ def test_a_header_that_is_no_header_is_refused(tmp_path, header, words):
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({"a": entry(), "b": entry(offsets=(4, 12))}, ["'a'", "'b'", "overlap"]),
-        ({"a": entry(), "b": entry(offsets=(0, 8))}, ["'a'", "'b'", "overlap"]),
+        ({"a": entry(), "b": entry(offsets=(4, 12))}, ['"a"', '"b"', "overlap"]),
+        ({"a": entry(), "b": entry(offsets=(0, 8))}, ['"a"', '"b"', "overlap"]),
         ({"a": entry(shape=(4,), offsets=(0, 16)), "b": entry("U8", (1,), (3, 4))}, ["overlap"]),
-        ({"a": entry(offsets=(8, 0))}, ["'a'", "8 to 0"]),
-        ({"a": entry(offsets=(12, 20))}, ["'a'", "12 to 20 of 16"]),
-        ({"a": entry(offsets=(2**63, 2**63 + 8))}, ["'a'"]),
-        ({"a": entry(offsets=(-8, 0))}, ["'a'", "whole numbers"]),
-        ({"a": entry(offsets=(0, 8.0))}, ["'a'", "whole numbers"]),
-        ({"a": entry(offsets=(0,))}, ["'a'"]),
-        ({"a": entry(offsets=(0, 8, 8))}, ["'a'"]),
-        ({"a": entry(offsets="08")}, ["'a'"]),
-        ({"a": entry(offsets=None)}, ["'a'"]),
-        ({"a": entry(shape=(3,))}, ["'a'", "8 bytes", "12"]),
-        ({"a": entry(shape=())}, ["'a'", "8 bytes", "4"]),
-        ({"a": entry("F64")}, ["'a'", "8 bytes", "16"]),
-        ({"a": entry(shape=(2, 0))}, ["'a'", "8 bytes", "0"]),
-        ({"a": entry("F8_E4M3")}, ["'a'", "F8_E4M3", "BF16"]),
-        ({"a": entry("f32")}, ["'a'", "f32", "F32"]),
-        ({"a": entry(None)}, ["'a'", "dtype"]),
-        ({"a": entry(["F32"])}, ["'a'", "dtype"]),
-        ({"a": entry(shape=(-2,))}, ["'a'", "whole numbers"]),
-        ({"a": entry(shape=(-1, -2))}, ["'a'", "whole numbers"]),
-        ({"a": entry(shape=(2.0,))}, ["'a'", "whole numbers"]),
-        ({"a": entry(shape=(True, 2))}, ["'a'", "whole numbers"]),
-        ({"a": entry(shape=("2",))}, ["'a'", "whole numbers"]),
-        ({"a": entry(shape=2)}, ["'a'", "whole numbers"]),
-        ({"a": entry(shape={"2": 2})}, ["'a'", "whole numbers"]),
-        ({"a": entry(shape=(2**64,))}, ["'a'"]),
-        ({"a": entry(shape=(2**62, 4, 2))}, ["'a'"]),
-        ({"a": entry(shape=(2**63, 0), offsets=(0, 0))}, ["'a'"]),
-        ({"a": entry(shape=(10**4000, 10**4000))}, ["'a'"]),
-        ({"a": entry(shape=(2**62,) * 300)}, ["'a'"]),
-        ({"a": [1, 2]}, ["'a'"]),
+        ({"a": entry(offsets=(8, 0))}, ['"a"', "8 to 0"]),
+        ({"a": entry(offsets=(12, 20))}, ['"a"', "12 to 20 of 16"]),
+        ({"a": entry(offsets=(2**63, 2**63 + 8))}, ['"a"']),
+        ({"a": entry(offsets=(-8, 0))}, ['"a"', "whole numbers"]),
+        ({"a": entry(offsets=(0, 8.0))}, ['"a"', "whole numbers"]),
+        ({"a": entry(offsets=(0,))}, ['"a"']),
+        ({"a": entry(offsets=(0, 8, 8))}, ['"a"']),
+        ({"a": entry(offsets="08")}, ['"a"']),
+        ({"a": entry(offsets=None)}, ['"a"']),
+        ({"a": entry(shape=(3,))}, ['"a"', "8 bytes", "F32 [3]"]),
+        ({"a": entry(shape=())}, ['"a"', "8 bytes", "F32 []"]),
+        ({"a": entry("F64")}, ['"a"', "8 bytes", "F64 [2]"]),
+        ({"a": entry(shape=(2, 0))}, ['"a"', "8 bytes", "F32 [2, 0]"]),
+        ({"a": entry("F8_E4M3")}, ['"a"', "F8_E4M3", "BF16"]),
+        ({"a": entry("f32")}, ['"a"', "f32", "F32"]),
+        ({"a": entry(None)}, ['"a"', "dtype"]),
+        ({"a": entry(["F32"])}, ['"a"', "dtype"]),
+        ({"a": entry(shape=(-2,))}, ['"a"', "whole numbers"]),
+        ({"a": entry(shape=(-1, -2))}, ['"a"', "whole numbers"]),
+        ({"a": entry(shape=(2.0,))}, ['"a"', "whole numbers"]),
+        ({"a": entry(shape=(True, 2))}, ['"a"', "whole numbers"]),
+        ({"a": entry(shape=("2",))}, ['"a"', "whole numbers"]),
+        ({"a": entry(shape=2)}, ['"a"', "whole numbers"]),
+        ({"a": entry(shape={"2": 2})}, ['"a"', "whole numbers"]),
+        ({"a": entry(shape=(2**64,))}, ['"a"']),
+        ({"a": entry(shape=(2**62, 4, 2))}, ['"a"']),
+        ({"a": entry(shape=(2**63, 0), offsets=(0, 0))}, ['"a"']),
+        ({"a": entry(shape=(10**4000, 10**4000))}, ['"a"']),
+        ({"a": entry(shape=(2**62,) * 300)}, ['"a"']),
+        ({"a": [1, 2]}, ['"a"']),
         ({"a\nb": entry("?")}, ["a\\nb"]),
     ],
 )
 def test_an_entry_that_does_not_fit_the_data_is_refused(tmp_path, entries, words):
-    """16 bytes of data; the message names the file and the tensor. Products that would overflow 64 bits included."""
+    """16 bytes of data; the message names the file and the tensor. Products that would overflow 64
+    bits included."""
     write_raw(tmp_path / "f", json.dumps(entries).encode(), bytes(16))
     fault(lambda: read_all(tmp_path / "f"), tmp_path / "f", *words)
 
 
 def test_no_damage_to_a_header_ends_in_anything_but_a_value_error(tmp_path):
-    """500 times up to five random bytes of the header or its length are changed: refused, or read and harmless."""
+    """500 times up to five random bytes of the header or its length are changed: refused, or read
+    and harmless."""
     generator, path = random.Random(0), tmp_path / "f"
-    write_safetensors(path, {"a": torch.ones(4), "bc": torch.ones(2, 3).half(), "d": torch.zeros(0, 3).int()})
+    write_tensors(
+        path, {"a": torch.ones(4), "bc": torch.ones(2, 3).half(), "d": torch.zeros(0, 3).int()}
+    )
     whole, refused = path.read_bytes(), 0
     end = 8 + int.from_bytes(whole[:8], "little")
     for _ in range(500):
         broken = bytearray(whole)
         for _ in range(generator.choice([1, 1, 2, 5])):
-            broken[generator.randrange(end)] = generator.choice([generator.randrange(256), *b'0123456789"{}[],:-.eE'])
+            broken[generator.randrange(end)] = generator.choice(
+                [generator.randrange(256), *b'0123456789"{}[],:-.eE']
+            )
         path.write_bytes(broken)
         try:
             tensors = read_all(path)
@@ -645,14 +913,20 @@ def test_no_damage_to_a_header_ends_in_anything_but_a_value_error(tmp_path):
 
 
 def test_no_damage_to_a_model_folder_ends_in_anything_but_a_value_error(folder):
-    """200 times a byte of the header or of config.json is changed: refused with a file's name, or loaded whole."""
+    """200 times a byte of the header or of config.json is changed: refused with a file's name, or
+    loaded whole."""
     generator = random.Random(1)
     path = folder / "model.safetensors"
-    for target, end in ((path, 8 + int.from_bytes(path.read_bytes()[:8], "little")), (folder / "config.json", None)):
+    for target, end in (
+        (path, 8 + int.from_bytes(path.read_bytes()[:8], "little")),
+        (folder / "config.json", None),
+    ):
         whole = target.read_bytes()
         for _ in range(100):
             broken = bytearray(whole)
-            broken[generator.randrange(end or len(whole))] = generator.choice(b'0123456789"{}[],:-.eE truefalsn\xff')
+            broken[generator.randrange(end or len(whole))] = generator.choice(
+                b'0123456789"{}[],:-.eE truefalsn\xff'
+            )
             target.write_bytes(broken)
             try:
                 load(folder)
@@ -661,66 +935,68 @@ def test_no_damage_to_a_model_folder_ends_in_anything_but_a_value_error(folder):
         target.write_bytes(whole)
 
 
-# Writing --------------------------------------------------------------------------------------------------------------
+# Writing -----------------------------------------------------------------------------------------
 
 
 class Broken(Exception):
     """What happens in the middle of writing."""
 
 
-class BrokenTensors(dict):
-    """Tensors of which the second cannot be had when it is written."""
+class BrokenPlace(Place):
+    """A tensor that cannot be had when it is written."""
 
-    def values(self):
-        yield next(iter(super().values()))
+    def of(self, stack, first=0):
         raise Broken
 
 
 @pytest.mark.parametrize("old", [None, b"the old file"], ids=["a new file", "over an old file"])
 def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, old):
-    """Half of a file under the right name would be loaded one day; under another name it would fill the disk."""
+    """Half of a file under the right name would be loaded one day; under another name it would fill
+    the disk."""
     path = tmp_path / "model.safetensors"
     if old:
         path.write_bytes(old)
     with pytest.raises(Broken):
-        write_safetensors(path, BrokenTensors(a=torch.ones(3), b=torch.ones(3)))
+        hub.write_tensors(path, {"a": Place(torch.ones(3)), "b": BrokenPlace(torch.ones(3))})
     assert [file.name for file in tmp_path.iterdir()] == ([path.name] if old else [])
     assert not old or path.read_bytes() == old
 
 
 def test_a_failure_while_renaming_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    """The rename is the last step; text files go the same way."""
+    """The rename is the last step."""
 
     def fail(*args):
         raise Broken
 
-    write_text(tmp_path / "config.json", "old")
-    monkeypatch.setattr(checkpoint.os, "replace", fail)
+    write_tensors(tmp_path / "f", {"a": torch.zeros(3)})
+    monkeypatch.setattr(run.os, "replace", fail)
     with pytest.raises(Broken):
-        write_text(tmp_path / "config.json", "new")
-    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
-    assert (tmp_path / "config.json").read_text() == "old"
+        write_tensors(tmp_path / "f", {"a": torch.ones(3)})
+    assert [file.name for file in tmp_path.iterdir()] == ["f"]
+    assert read_all(tmp_path / "f")["a"].tolist() == [0, 0, 0]
 
 
 def test_a_file_is_complete_before_it_has_its_name(tmp_path, monkeypatch):
-    """When the rename comes, the old file still stands, and the new one is whole and on the disk."""
+    """When the rename comes, the old file still stands, and the new one is whole and on the
+    disk."""
     path, seen, synced = tmp_path / "f", [], []
-    write_safetensors(path, {"a": torch.zeros(3)})
+    write_tensors(path, {"a": torch.zeros(3)})
     replace, fsync = os.replace, os.fsync
 
     def look(source, target):
         seen.append((read_all(source)["a"].tolist(), read_all(target)["a"].tolist(), len(synced)))
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", look)
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda number: synced.append(fsync(number)))
-    write_safetensors(path, {"a": torch.ones(3)})
+    monkeypatch.setattr(run.os, "replace", look)
+    monkeypatch.setattr(run.os, "fsync", lambda number: synced.append(fsync(number)))
+    write_tensors(path, {"a": torch.ones(3)})
     assert seen == [([1, 1, 1], [0, 0, 0], 1)]
     assert read_all(path)["a"].tolist() == [1, 1, 1] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_model_may_be_saved_over_the_file_it_was_loaded_from(folder):
-    """The map of the old file stays valid until it is let go; afterwards the folder holds the new weights."""
+    """The map of the old file stays valid until it is let go; afterwards the folder holds the new
+    weights."""
     old = SafetensorsFile(folder / "model.safetensors")
     kept = old["lm_head.weight"].clone()
     model = load(folder)
@@ -737,8 +1013,3 @@ def test_the_mapped_file_cannot_be_changed_through_a_tensor(folder):
     before = path.read_bytes()
     SafetensorsFile(path)["lm_head.weight"].fill_(7)
     assert path.read_bytes() == before
-
-
-def test_json_is_read_as_utf_8(tmp_path):
-    write_text(tmp_path / "a.json", '{"größe": "重み"}')
-    assert read_json(tmp_path / "a.json") == {"größe": "重み"}
