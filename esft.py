@@ -1,65 +1,85 @@
-"""ESFT: train only the experts that a task uses, in full rank, and freeze everything else (arXiv 2407.01906).
+"""ESFT: train only the experts that a task uses, in full rank, and freeze the rest (2407.01906).
 
-The base model reads a sample of the task before training (131,072 tokens in the paper, some 8,200 for the released
-lists), and each expert e of each layer gets a score:
+The base model reads a sample of the task before training (131,072 tokens in the paper, some 8,200
+for the released lists), and each expert e of each layer gets a score:
 
-    token_e      = (tokens whose top K contains e) / (K * tokens)                  sums to 1 over e
-    gate_e       = (sum of s_e over the tokens whose top K contains e) / tokens    sums to the mean mass of a top K
-    gate_share_e = gate_e / (sum of gate over all e)                               sums to 1 over e
+    token_e      = (tokens whose top K contains e) / (K * tokens)
+    gate_e       = (sum of s_e over the tokens whose top K contains e) / tokens
+    gate_share_e = gate_e / (sum of gate over all e)
 
-s = softmax(x W_r^T) over all E experts, in float32 (moe.py), never renormalised over the top K, whatever the model does
-with it afterwards. Tokens are pooled over the sample, prompt and answer alike; padding never counts.
+token_e is a share of the choices, and sums to 1 over e, as gate_share does; gate sums to the mean
+mass of a top K.
 
-    chosen = the smallest prefix, in descending order of score, whose sum reaches p                    (per layer)
+s = softmax(x W_r^T) over all E experts, in float32 (moe.py), never renormalised over the top K,
+whatever the model does with it afterwards. Tokens are pooled over the sample, prompt and answer
+alike; padding never counts.
 
-Scores are rounded to 4 decimals before they are sorted, and equal ones keep the lower id first: this gives the lists
-that the authors released, ids and order. The paper's p is 0.2 for token and 0.1 for gate. How much mass a top K holds
-differs between models, so p means less or more with gate; gate_share at 0.25 is about the paper's amount on any model.
+    chosen = the smallest prefix, in descending order of score, whose sum reaches p      (per layer)
 
-The forward pass stays as it is: a token may go to any expert. Gradients, float32 masters and optimizer state exist for
-the gate, up and down matrices of the chosen experts only; the gradient of the input passes through all of them. How,
-with stacked experts: a layer's stack is kept in another order, the chosen first (the "bank"), so that one grouped
-product serves all experts and its weight gradient can stop after the leading n. Weight decay cannot reach the others.
+Scores are rounded to 4 decimals before they are sorted, and equal ones keep the lower id first:
+this gives the lists that the authors released, ids and order. The paper's p is 0.2 for token and
+0.1 for gate. How much mass a top K holds differs between models, so p means less or more with gate;
+gate_share at 0.25 is about the paper's amount on any model.
 
-Shapes: N tokens, D hidden_size, F intermediate_size, E num_experts, K experts per token, R = N*K rows, L layers,
-n chosen experts of a layer.
+The forward pass stays as it is: a token may go to any expert. Gradients, float32 masters and
+optimizer state exist for the gate, up and down matrices of the chosen experts only; the gradient of
+the input passes through all of them. How, with stacked experts: a layer's stack is kept in another
+order, the chosen first (the "bank"), so that one grouped product serves all experts and its weight
+gradient can stop after the leading n. Weight decay cannot reach the others.
 
-Traps of the authors' training code, avoided here: bfloat16 weights at a learning rate of 1e-5, of which 85 to 90 %
-never move (hence the masters); packing that keeps only the tails of samples, lets attention cross between them and
-appends a row of padding whose loss is NaN; 500 steps of batch 32, which are 142 epochs of the smallest set; a script,
-for some months, that normalised over the layers instead of the experts. Added to the paper: gate_share. Left out:
-shared experts, which neither OLMoE nor Mixtral has.
+Shapes: N tokens, D hidden_size, F intermediate_size, E num_experts, K experts per token, R = N*K
+rows, L layers, n chosen experts of a layer.
 
-    python esft.py        the lesson: which experts the skills of the embedded world use, and how little they share
-    python esft.py export RUN_FOLDER NEW_FOLDER [BASE]      what train.py saved, in its base, as a Hugging Face folder
+Traps of the authors' training code, avoided here: bfloat16 weights at a learning rate of 1e-5, of
+which 85 to 90 % never move (hence the masters); packing that keeps only the tails of samples, lets
+attention cross between them and appends a row of padding whose loss is NaN; 500 steps of batch 32,
+which are 142 epochs of the intent set and 286 of the smallest, law; a script, for some months, that
+normalised over the layers instead of the experts. Added to the paper: gate_share. Left out: shared
+experts, which neither OLMoE nor Mixtral has.
+
+    python esft.py        the lesson: which experts the skills of the embedded world use, and how
+                          little they share
+    python esft.py export RUN_FOLDER NEW_FOLDER [BASE]
+                          what train.py saved, in its base, as a Hugging Face folder
 """
 
-import json
 import random
-import re
-import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.checkpoint import SafetensorsFile, read_json, read_safetensors, write_safetensors, write_text
-from data.report import heat_map, what_trains
-from data.shard import matrices
-from model import Config, MoETransformer, hub_tensors
-from moe import Experts, Routing, experts_grouped, experts_loop
-from perft import fingerprint, need
+from moe import (
+    Combine,
+    Dispatch,
+    Experts,
+    Routing,
+    can_group,
+    expert_counts,
+    experts_loop,
+    grouped_mm,
+    packed,
+    sort_by_expert,
+    weight_of_rows,
+)
+from perft import (
+    check_experts,
+    check_fingerprint,
+    fingerprint,
+    refuse_second,
+    report,
+    train_master,
+)
 
-CONFIG, WEIGHTS, PICTURES = "expert_cfg.json", "expert_weights.safetensors", ("scores.json", "scores.svg")
+CONFIG, WEIGHTS = "expert_cfg.json", "expert_weights.safetensors"
+SCORES, PICTURE = "scores.json", "scores.svg"
 
 
 class Usage(NamedTuple):
-    """How often and how strongly a sample used each expert. Shards of a sample add up, part by part."""
+    """How often and how strongly a sample used each expert. Parts of a sample add up."""
 
     counts: torch.Tensor  # (L, E) int64: tokens whose top K contains the expert
     gate_sums: torch.Tensor  # (L, E) float64: the sum of its softmax weights over them
@@ -67,49 +87,60 @@ class Usage(NamedTuple):
 
 
 @torch.no_grad()
-def collect(model: MoETransformer, batches: Iterable, skip_first=False, answers_only=False) -> Usage:
-    """Count over batches of (input_ids, mask) or (input_ids, labels, mask), each (B, T); mask is 0 on padding.
-    skip_first: without the first token of each row. answers_only: only the tokens that have a label."""
-    L, E, device = model.config.num_hidden_layers, model.config.num_experts, model.norm.weight.device
+def collect(model, batches: Iterable) -> Usage:
+    """Count over batches of (input_ids, ..., mask), each (B, T); mask is 0 on padding."""
+    L, E = model.config.num_hidden_layers, model.config.num_experts
+    device = model.norm.weight.device
     counts = torch.zeros(L, E, dtype=torch.int64, device=device)
-    gate_sums, n_tokens, training = torch.zeros_like(counts, dtype=torch.float64), 0, model.training
+    gate_sums = torch.zeros(L, E, dtype=torch.float64, device=device)
+    n_tokens = 0
+    was_training = model.training
     model.eval()
-    for input_ids, *labels, mask in batches:
-        counted = mask.bool()
-        if skip_first:
-            counted = counted & (counted.cumsum(1) > 1)
-        if answers_only:
-            need(labels, "answers_only needs batches of (input_ids, labels, mask)")
-            counted = counted & (labels[0] != -100)
-        output = model(input_ids, None if mask.all() else mask, last_only=True)
+    for input_ids, *_, mask in batches:
+        real = mask.bool()
+        # the mask, since a caller may pad on the left; the logits are not needed
+        output = model(input_ids, None if real.all() else mask, last_only=True)
         for i, routing in enumerate(output.routings):
-            ids = routing.selected_experts[counted.flatten()]  # (counted tokens, K)
-            s = F.softmax(routing.router_logits[counted.flatten()], dim=-1, dtype=torch.float32)
-            counts[i] += torch.bincount(ids.flatten(), minlength=E)
-            gate_sums[i].scatter_add_(0, ids.flatten(), s.gather(1, ids).flatten().double())
-        n_tokens += int(counted.sum())
-    model.train(training)
+            selected = routing.selected_experts[real.flatten()]  # (tokens, K)
+            logits = routing.router_logits[real.flatten()]
+            s = F.softmax(logits, dim=-1, dtype=torch.float32)  # (tokens, E)
+            mass = s.gather(1, selected).double()
+            counts[i] += expert_counts(routing, mask)
+            gate_sums[i].scatter_add_(0, selected.flatten(), mass.flatten())
+        n_tokens += int(real.sum())
+    model.train(was_training)
     return Usage(counts.cpu(), gate_sums.cpu(), n_tokens)
 
 
 def expert_scores(counts, gate_sums, n_tokens: int, top_k: int, kind="token") -> torch.Tensor:
-    """Usage -> the scores of the opening page, (L, E) float64, not rounded."""
-    need(kind in ("token", "gate", "gate_share"), f"kind is {kind!r}; choose from token, gate, gate_share")
-    need(n_tokens > 0, "no token was counted: the sample is empty, or all of it was left out")
+    """Usage -> the scores of the opening page, (L, E) float64, not rounded.
+
+    kind: token, gate, gate_share. ValueError for another one, and for a sample without tokens.
+    """
+    if kind not in ("token", "gate", "gate_share"):
+        raise ValueError(f"kind is {kind!r}; choose from token, gate, gate_share")
+    if n_tokens < 1:
+        raise ValueError("no token was counted: the sample is empty, or all of it was left out")
     if kind == "token":
         return torch.as_tensor(counts, dtype=torch.float64) / (top_k * n_tokens)
     gate = torch.as_tensor(gate_sums, dtype=torch.float64) / n_tokens
-    return gate if kind == "gate" else gate / gate.sum(-1, keepdim=True)
+    if kind == "gate":
+        return gate
+    return gate / gate.sum(-1, keepdim=True)
 
 
-# Selection -----------------------------------------------------------------------------------------------------------
+# Selection ---------------------------------------------------------------------------------------
 
 
 def select_experts(scores: torch.Tensor, p: float, bind: int = 1) -> list[list[int]]:
-    """The chosen experts of each layer, best first. bind: choose whole groups of so many, see `bind_groups`."""
-    need(0 < p <= 1, f"p is {p}; it must be more than 0 and at most 1")
-    chosen = [smallest_prefix(layer, p) for layer in rounded(bind_groups(scores, bind))]
-    return [[group * bind + i for group in groups for i in range(bind)] for groups in chosen]
+    """The chosen experts of each layer, best first. bind: choose whole groups, see bind_groups."""
+    if not 0 < p <= 1:
+        raise ValueError(f"p is {p}; it must be more than 0 and at most 1")
+    chosen = []
+    for layer in rounded(bind_groups(scores, bind)):
+        groups = smallest_prefix(layer, p)
+        chosen.append([group * bind + i for group in groups for i in range(bind)])
+    return chosen
 
 
 def rounded(scores) -> list[list[float]]:
@@ -118,20 +149,23 @@ def rounded(scores) -> list[list[float]]:
 
 def smallest_prefix(scores: list[float], p: float) -> list[int]:
     taken, total = [], 0.0
-    for e in sorted(range(len(scores)), key=lambda e: -scores[e]):  # stable: of equal scores the lower id comes first
+    # a stable sort: of equal scores the lower id comes first
+    for e in sorted(range(len(scores)), key=lambda e: -scores[e]):
         if total >= p:
             break
         taken.append(e)
-        total = round(total + scores[e], 4)  # a sum of decimals, exactly: eight times 0.1 reaches 0.8
+        total = round(total + scores[e], 4)  # a sum of decimals, exactly: 8 times 0.1 reaches 0.8
     return taken
 
 
 def bind_groups(scores: torch.Tensor, G: int) -> torch.Tensor:
-    """The control for the grain: expert e belongs to group e // G, a group's score is the sum of its members'.
-    (L, E) -> (L, E/G). The order of ids means nothing, so the members of a group are alike by chance only."""
+    """A control: does it matter that experts are chosen singly? Expert e belongs to group e // G, a
+    group's score is the sum of its members'. (L, E) -> (L, E/G). The order of ids means nothing, so
+    the members of a group are alike by chance only."""
     scores = torch.as_tensor(scores, dtype=torch.float64)
     L, E = scores.shape
-    need(G >= 1 and E % G == 0, f"{E} experts cannot be bound into groups of {G}")
+    if G < 1 or E % G != 0:
+        raise ValueError(f"{E} experts cannot be bound into groups of {G}")
     return scores.view(L, E // G, G).sum(-1)
 
 
@@ -144,57 +178,135 @@ def random_experts(chosen: list[list[int]], num_experts: int, seed: int) -> list
 def warnings_for(scores: torch.Tensor, p: float) -> list[str]:
     """What a user should know before training with this choice."""
     sums = [round(sum(layer), 4) for layer in rounded(scores)]
-    short = ", ".join(f"layer {i} ({total})" for i, total in enumerate(sums) if total < p)
-    return [f"all experts of a layer are chosen where its scores sum to less than p {p}: {short}"] if short else []
+    short = [f"layer {i} ({total})" for i, total in enumerate(sums) if total < p]
+    if not short:
+        return []
+    return [
+        f"all experts of a layer are chosen where its scores sum to less than p {p}: "
+        f"{', '.join(short)}"
+    ]
 
 
-# Training the chosen -------------------------------------------------------------------------------------------------
+# Training the chosen -----------------------------------------------------------------------------
+
+
+class ChosenProduct(torch.autograd.Function):
+    """moe.GroupedProduct whose weight gradient stops after the chosen, and goes to their masters.
+
+    rows (R, in), bank (E, out, in) with the values of masters (n, out, in) in front, ends (E,)
+    -> (R, out)
+    """
+
+    @staticmethod
+    def forward(ctx, rows, bank, masters, ends):
+        # the masters' values are not needed, but a step on them before backward must be found out
+        ctx.save_for_backward(rows, bank, masters, ends)
+        return grouped_mm(rows, bank.mT, ends)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, bank, masters, ends = ctx.saved_tensors
+        grad = packed(grad)
+        grad_rows = grad_masters = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = grouped_mm(grad, bank, ends)
+        if ctx.needs_input_grad[2]:
+            grad_masters = grouped_mm(grad.t(), rows, ends[: len(masters)]).to(masters.dtype)
+        return grad_rows, None, grad_masters, None
 
 
 class ChosenExperts(nn.Module):
-    """A layer's experts, of which the chosen train. Until they do, the same function as moe.Experts, bit for bit."""
+    """A layer's experts, of which the chosen train. Until they do, the same function as
+    moe.Experts, bit for bit.
 
-    groups = Experts.groups
+    The bank holds all experts in the base's dtype, the chosen first: with [5, 2] chosen of 8, its
+    order is 5 2 0 1 3 4 6 7, and position is [2, 3, 1, 4, 5, 0, 6, 7]. gate_up_proj and down_proj
+    are float32 copies of the chosen ones, their masters: these train, and `refresh` copies them
+    into the bank.
+    """
 
     def __init__(self, experts: Experts, chosen: list[int]):
         super().__init__()
-        gate_up, down, n = experts.gate_up_proj.data, experts.down_proj.data, len(chosen)
-        order = torch.tensor(chosen + [e for e in range(len(down)) if e not in chosen], device="cpu")
-        place = order.argsort() if down.is_meta else order.argsort().to(down.device)  # not meta: no file will tell it
-        self.register_buffer("position", place, persistent=False)  # (E,) expert id -> its place in the bank
-        order = order.to(down.device)
+        gate_up, down = experts.gate_up_proj.data, experts.down_proj.data
+        n, E = len(chosen), len(down)
+        others = [e for e in range(E) if e not in chosen]
+        order = torch.tensor(chosen + others, device="cpu")
+        position = order.argsort()  # expert id -> its place in the bank
+        if not down.is_meta:  # on meta it stays on the CPU: no file will tell it
+            position, order = position.to(down.device), order.to(down.device)
+        self.register_buffer("position", position, persistent=False)  # (E,)
         self.gate_up_bank = nn.Parameter(gate_up[order], requires_grad=False)  # (E, 2F, D)
         self.down_bank = nn.Parameter(down[order], requires_grad=False)  # (E, D, F)
         precise = torch.promote_types(down.dtype, torch.float32)
-        self.gate_up_proj = nn.Parameter(self.gate_up_bank.data[:n].to(precise, copy=True))  # (n, 2F, D)
-        self.down_proj = nn.Parameter(self.down_bank.data[:n].to(precise, copy=True))  # (n, D, F)
+        # the masters, under the names that these matrices have in moe.Experts
+        self.gate_up_proj = nn.Parameter(self.gate_up_bank.data[:n].to(precise, copy=True))
+        self.down_proj = nn.Parameter(self.down_bank.data[:n].to(precise, copy=True))
         self.path = experts.path
 
-    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """x (N, D), Routing -> y (N, D). The bank takes over the masters' values each time it is used, so no load, copy
-        or move can leave it behind."""
-        if not self.groups(x):
-            by_id = (torch.cat((new.to(bank.dtype), bank[len(new) :]))[self.position] for bank, new in self.pairs())
-            return experts_loop(x, routing, *by_id)
-        placed = routing._replace(selected_experts=self.position[routing.selected_experts])
-        masters = self.gate_up_proj, self.down_proj
-        return experts_grouped(x, placed, self.gate_up_bank, self.down_bank, masters)
-
     def pairs(self):
+        """(bank, masters) of both stacks."""
         return (self.gate_up_bank, self.gate_up_proj), (self.down_bank, self.down_proj)
 
-    def by_expert(self) -> list[list[torch.Tensor]]:
-        """gate_up_proj and down_proj as lists of E matrices, each where it lies: nothing is copied."""
-        stacks = [(matrices(bank.data), matrices(new.data)) for bank, new in self.pairs()]
-        return [[new[i] if i < len(new) else bank[i] for i in self.position.tolist()] for bank, new in stacks]
+    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """x (N, D), Routing -> y (N, D)."""
+        E, D, F_ = self.down_bank.shape
+        if self.path == "loop" or not can_group(x, D, F_):
+            weights = [self.by_id(bank, masters) for bank, masters in self.pairs()]
+            return experts_loop(x, routing, *weights)
+        order = sort_by_expert(self.position[routing.selected_experts], E)
+        rows = Dispatch.apply(x, order)  # (R, D)
+        gate_up = ChosenProduct.apply(rows, self.gate_up_bank, self.gate_up_proj, order.ends)
+        gate, up = gate_up.chunk(2, dim=-1)  # (R, F) each
+        hidden = F.silu(gate) * up * weight_of_rows(routing, order)
+        rows = ChosenProduct.apply(hidden, self.down_bank, self.down_proj, order.ends)
+        return Combine.apply(rows, order)
+
+    def by_id(self, bank, masters):
+        """The stack in the order of expert ids, with the masters' gradient: for experts_loop."""
+        stack = torch.cat((masters.to(bank.dtype), bank[len(masters) :]))
+        return stack[self.position]
+
+    @torch.no_grad()
+    def refresh(self):
+        """Copy the masters' values into the bank, also where both are cut over processes."""
+        for bank, masters in self.pairs():
+            # .data: autograd need not know, a pass that waits for its backward reads equal values
+            held, values, first = bank.data, masters.detach(), 0
+            if hasattr(held, "to_local"):  # cut over processes (data/shard.py)
+                from data import shard as processes
+
+                values = processes.whole(values)
+                held, first = processes.held(held)
+            mine = values[first : first + len(held)]
+            held[: len(mine)].copy_(mine)
+
+    def places(self):
+        """The places of each expert's matrices in a Hugging Face folder (data/hub.py)."""
+        from data.hub import Place
+
+        def place(bank, masters, i):
+            return Place(masters, i) if i < len(masters) else Place(bank, i)
+
+        position = self.position.tolist()
+        gate_up, down = self.pairs()
+        return [place(*gate_up, i) for i in position], [place(*down, i) for i in position]
 
     def _apply(self, fn, recurse=True):
-        """Behind .to(), .cuda(), .bfloat16(): the bank obeys, the masters move but keep their precision."""
-        before = [(p, p.data) for _, p in self.pairs()]
+        """Behind .to(), .cuda(), .bfloat16(): the bank obeys, the masters move and stay precise."""
+        before = [(masters, masters.data) for _, masters in self.pairs()]
         super()._apply(fn, recurse)
-        for p, master in before:
-            p.data = p.data if p.dtype == master.dtype else master.to(p.device)
+        for masters, master in before:
+            if masters.dtype != master.dtype:
+                masters.data = master.to(masters.device)
         return self
+
+
+def refresh(model, inputs=None):
+    """A hook before each forward pass of the model: what is read is what trains. So no step, load,
+    copy or move can leave a bank behind, for the price of copying the chosen experts each time
+    (over several processes: of gathering them)."""
+    for block in model.layers:
+        block.moe.experts.refresh()
 
 
 class EsftConfig(NamedTuple):
@@ -203,220 +315,264 @@ class EsftConfig(NamedTuple):
     experts: list[list[int]]  # of each layer, best first
     train_router: bool = False  # the routers too
     train_non_experts: bool = False  # everything but the other experts
-    variant: str = "esft"
-
-    def check(self, base: Config, source: str | Path = "the choice"):
-        """ValueError, in one line, for experts that the model does not have."""
-        L, E = base.num_hidden_layers, base.num_experts
-        need(len(self.experts) == L, f"{source} names experts for {len(self.experts)} layers, the model has {L}")
-        for i, ids in enumerate(self.experts):
-            known = all(type(e) is int and 0 <= e < E for e in ids)
-            need(ids and known, f"{source}: layer {i} chooses {ids}; choose from the model's experts, 0..{E - 1}")
-            need(len(set(ids)) == len(ids), f"{source}: layer {i} chooses an expert twice: {ids}")
 
 
-def apply_esft(model: MoETransformer, chosen: list[list[int]], train_router=False, train_non_experts=False):
-    """Freeze `model`, let the chosen experts of each layer train, in place, and return it. ValueError if it cannot be.
-    The two options are the paper's section 6.3: a little more on the task, less kept of everything else."""
-    config, dtype = EsftConfig([list(ids) for ids in chosen], train_router, train_non_experts), model.norm.weight.dtype
-    need(not hasattr(model, "adapter_config"), "the model already carries adapters; load the base again")
-    fits = not train_non_experts or dtype == torch.float32
-    need(fits, f"train_non_experts trains weights of the base, and {dtype} loses small steps; load it in float32")
-    config.check(model.config)
+def apply_esft(model, chosen: list[list[int]], train_router=False, train_non_experts=False):
+    """Freeze `model`, let the chosen experts of each layer train, in place, and return it.
+
+    The two options are the paper's section 6.3: a little more on the task, less kept of everything
+    else. ValueError if it cannot be.
+    """
+    config = EsftConfig([list(ids) for ids in chosen], train_router, train_non_experts)
+    refuse_second(model)
+    check_experts(config.experts, model.config)
+    dtype = model.norm.weight.dtype
+    if train_non_experts and dtype != torch.float32:
+        raise ValueError(
+            f"train_non_experts trains weights of the base, and {dtype} loses small steps; "
+            "load it in float32"
+        )
+    for name, p in model.named_parameters():
+        p.requires_grad_(train_non_experts and ".experts." not in name and ".router." not in name)
     for block, ids in zip(model.layers, config.experts):
         block.moe.experts = ChosenExperts(block.moe.experts, ids)
-    for name, p in model.named_parameters():
-        router = train_router and ".router." in name
-        p.data = p.data.float() if router else p.data  # a float32 master, as the experts have
-        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):  # the masters train
-            p.requires_grad_(router or (train_non_experts and ".experts." not in name))
+        if train_router or train_non_experts:
+            train_master(block.moe.router.weight)
+    model.register_forward_pre_hook(refresh)
     model.adapter_config = config
     return model
 
 
-def need_esft(model) -> EsftConfig:
+def config_of(model) -> EsftConfig:
     config = getattr(model, "adapter_config", None)
-    need(isinstance(config, EsftConfig), "no experts of this model were chosen; call apply_esft or load first")
+    if not isinstance(config, EsftConfig):
+        raise ValueError("no experts of this model were chosen; call apply_esft or load first")
     return config
 
 
-def report(model: MoETransformer, usage: Usage | None = None) -> str:
-    """What trains: the chosen experts (with `usage`, how much of the sample they carry), parameters, memory."""
-    config, rows = need_esft(model), what_trains(model)
-    lines = ["layer experts" + "  choices  gate mass (of the layer's)" * bool(usage) + "  chosen, best first"]
-    for i, ids in enumerate(config.experts):
-        carried = ""
-        if usage:
-            choices, mass = (100 * usage.counts[i] / usage.counts[i].sum()), usage.gate_sums[i] / usage.n_tokens
-            carried = f"{choices[ids].sum():7.1f} %  {mass[ids].sum():9.4f} ({mass.sum():.4f})         "
-        lines.append(f"{i:5} {len(ids):7}{carried}  {' '.join(map(str, ids))}")
-    lines += [f"{row.module:40} {row.count:4} tensors {row.parameters:14,} parameters" for row in rows]
-    with torch.device("meta"):  # the base by itself: with masters beside it, its chosen experts would count twice
-        total = sum(p.numel() for p in MoETransformer(model.config).parameters())
-    trained, experts = sum(row.parameters for row in rows), len(config.experts) * model.config.num_experts
-    lines.append(f"trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %), "
-                 f"{sum(map(len, config.experts))} of {experts} experts")  # fmt: skip
-    mine, full = (f"{4 * n / 1e6:,.1f} MB of gradients, {8 * n / 1e6:,.1f} of AdamW" for n in (trained, total))
-    return "\n".join([*lines, f"memory: {mine}, {4 * trained / 1e6:,.1f} of masters; full fine-tuning: {full}"])
+def describe_choice(chosen: list[list[int]], usage: Usage) -> str:
+    """A table: the chosen experts of each layer, and how much of the sample they carry."""
+    lines = ["layer experts  choices  gate mass (of the layer's)  chosen, best first"]
+    for i, ids in enumerate(chosen):
+        choices = 100 * usage.counts[i] / usage.counts[i].sum()
+        mass = usage.gate_sums[i] / usage.n_tokens
+        lines.append(
+            f"{i:5} {len(ids):7}{choices[ids].sum():7.1f} %  {mass[ids].sum():9.4f} "
+            f"({mass.sum():.4f})           {' '.join(map(str, ids))}"
+        )
+    count, of = sum(len(ids) for ids in chosen), usage.counts.numel()
+    return "\n".join([*lines, f"trains {count} of {of} experts"])
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
+# Files -------------------------------------------------------------------------------------------
+#
+# Attaching and training need moe.py and perft.py alone, so that the three files can be taken
+# elsewhere; what saving and loading need is imported where it is used.
 
 
-def save_choice(model: MoETransformer, folder: str | Path):
-    """Write expert_cfg.json: the layout of the released files, and two keys which they do not have."""
-    config = need_esft(model)
-    content = {"experts": {str(i): ids for i, ids in enumerate(config.experts)}, "shared_experts": False,
-               "non_expert_modules": config.train_non_experts, "router": config.train_router,
-               "base": fingerprint(model.config)}  # fmt: skip
+def save_choice(model, folder: str | Path):
+    """Write expert_cfg.json: the layout of the released files, and two keys they do not have."""
+    from data import run
+
+    config = config_of(model)
+    content = {
+        "experts": {str(i): ids for i, ids in enumerate(config.experts)},
+        "shared_experts": False,
+        "non_expert_modules": config.train_non_experts,
+        "router": config.train_router,
+        "base": fingerprint(model.config),
+    }
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_text(Path(folder) / CONFIG, json.dumps(content) + "\n")
+    run.write_json(Path(folder) / CONFIG, content)
 
 
-def read_choice(path: str | Path, base: Config) -> EsftConfig:
-    """An expert_cfg.json, released or ours -> what it lets train; ValueError if this base cannot do that."""
-    content = read_json(path)
-    experts, layers = content.get("experts"), [str(i) for i in range(base.num_hidden_layers)]
-    lists = isinstance(experts, dict) and all(isinstance(ids, list) for ids in experts.values())
-    need(lists, f'{path}: no "experts" with a list of ids for each layer')
-    need(experts.keys() == set(layers), f"{path}: layers {', '.join(experts)}; the model has 0..{len(layers) - 1}")
-    need(not content.get("shared_experts"), f"{path}: shared_experts is true, {base.model_type} models have none")
-    also = content.get("router") is True, content.get("non_expert_modules") is True
-    config = EsftConfig([experts[i] for i in layers], *also)
-    config.check(base, path)
-    return config
+def read_choice(path: str | Path, base) -> EsftConfig:
+    """An expert_cfg.json, released or ours -> what it lets train; ValueError if this base (a
+    model.Config) cannot do that."""
+    from data import run
+
+    return parse_choice(run.read_json(path), path, base)
 
 
-def current_tensors(model: MoETransformer, fused=False) -> dict[str, torch.Tensor]:
-    """model.hub_tensors of a model with chosen experts: name in a Hugging Face folder -> the tensor, as it is now.
-    ValueError for fused names: the experts of a layer do not lie together any more."""
-    need(not fused, "this folder holds stacked experts; several processes need one tensor for each: save it again")
-
-    def parameters():
-        yield from ((name, p) for name, p in model.named_parameters() if ".experts." not in name)
-        for i, block in enumerate(model.layers):
-            for name, experts in zip(("gate_up_proj", "down_proj"), block.moe.experts.by_expert()):
-                yield f"layers.{i}.moe.experts.{name}", SimpleNamespace(data=experts)  # a list, matrix by matrix
-
-    return hub_tensors(SimpleNamespace(config=model.config, named_parameters=parameters))
-
-
-def trained_of(tensors: dict[str, torch.Tensor], config: EsftConfig) -> dict[str, torch.Tensor]:
-    """Of a Hugging Face folder's tensors, those that train."""
-
-    def trains(name):
-        if expert := re.search(r"\.layers\.(\d+)\..*\.experts\.(\d+)\.", name):
-            return int(expert[2]) in config.experts[int(expert[1])]
-        return config.train_non_experts or (config.train_router and name.endswith(".gate.weight"))
-
-    return {name: t for name, t in tensors.items() if trains(name)}
+def parse_choice(content: dict, path: str | Path, base) -> EsftConfig:
+    experts, L = content.get("experts"), base.num_hidden_layers
+    if not isinstance(experts, dict) or len(experts) != L:
+        raise ValueError(
+            f'{path}: no "experts" with a list of ids for each of {L} layers, 0..{L - 1}'
+        )
+    if content.get("shared_experts"):
+        raise ValueError(f"{path}: shared_experts is true, {base.model_type} models have none")
+    chosen = [experts.get(str(i)) for i in range(L)]
+    try:
+        check_experts(chosen, base)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    router, non_experts = content.get("router"), content.get("non_expert_modules")
+    return EsftConfig(chosen, router is True, non_experts is True)
 
 
-def save(model: MoETransformer, folder: str | Path):
-    """Write expert_cfg.json and expert_weights.safetensors: what trains, as whole tensors (not differences) in the
-    base's dtype under the checkpoint's names. Laid over the base's tensors, they make the fine-tuned checkpoint."""
-    save_choice(model, folder)
-    tensors = trained_of(current_tensors(model), model.adapter_config)
-    write_safetensors(Path(folder) / WEIGHTS, tensors, model.norm.weight.dtype)
+def trained_places(model) -> dict:
+    """Of a Hugging Face folder's tensors, those that train: name -> place."""
+    from data import hub
+
+    table = hub.places(model)
+    return {name: place for name, place in table.items() if place.parameter.requires_grad}
 
 
-def load(model: MoETransformer, folder: str | Path) -> MoETransformer:
-    """Attach what `save` wrote to its base, in place, and return the model in eval mode. ValueError, naming both sides,
-    the model untouched, for another base or for tensors that are not those of the choice."""
-    path, weights, here = Path(folder) / CONFIG, Path(folder) / WEIGHTS, fingerprint(model.config)
-    need(not hasattr(model, "adapter_config"), "the model already carries adapters; load the base again")
-    then = read_json(path).get("base")
-    need(isinstance(then, dict), f"{path} does not say for which base its experts were trained; not written by save")
-    wrong = [f"{k} {then.get(k)!r} against {v!r}" for k, v in here.items() if then.get(k) != v]
-    need(not wrong, f"{path}: the experts were trained for another base; theirs against this: {', '.join(wrong)}")
-    config = read_choice(path, model.config)
-    chosen = {name: list(t.shape) for name, t in trained_of(hub_tensors(model), config).items()}
-    found = {name: entry["shape"] for name, entry in SafetensorsFile(weights).entries.items()}
-    for name in sorted(chosen.keys() | found.keys()):
-        a, b = chosen.get(name, "does not train"), found.get(name, "is missing")
-        need(a == b, f"{path} and {weights} disagree: {name} {a} in the first, {b} in the second")
-    apply_esft(model, config.experts, config.train_router, config.train_non_experts)
-    read_safetensors(weights, trained_of(current_tensors(model), config))
+def save(model, folder: str | Path):
+    """Write expert_cfg.json and expert_weights.safetensors: what trains, as whole tensors (not
+    differences) in the base's dtype under the checkpoint's names. Laid over the base's tensors,
+    they
+    make the fine-tuned checkpoint."""
+    from data import hub
+    from data import shard as processes
+
+    if processes.RANK == 0:
+        save_choice(model, folder)
+    hub.write_tensors(Path(folder) / WEIGHTS, trained_places(model), model.norm.weight.dtype)
+
+
+def load(model, folder: str | Path):
+    """Attach what `save` wrote to its base, in place, and return the model in eval mode.
+
+    ValueError, naming both sides, the model untouched, for another base or for tensors that are not
+    those of the choice.
+    """
+    from data import hub, run
+
+    path = Path(folder) / CONFIG
+    refuse_second(model)
+    content = run.read_json(path)
+    check_fingerprint(content.get("base"), model.config, path)
+    config = parse_choice(content, path, model.config)
+    weights = hub.Tensors(f"{path} and {WEIGHTS}", [Path(folder) / WEIGHTS])
+    with torch.device("meta"):  # find every fault before the model is touched
+        trial = apply_esft(type(model)(model.config), *config)
+    weights.check(trained_places(trial))
+    apply_esft(model, *config)
+    weights.fill(trained_places(model))
     return model.eval()
 
 
-def export(model: MoETransformer, folder: str | Path, base: str | Path | None = None):
-    """Write the fine-tuned model as a Hugging Face folder, new or empty, with the tokenizer files of the folder `base`.
-    The model is not changed, and nothing of it is copied in memory."""
-    need_esft(model)
-    folder, dtype = Path(folder), model.norm.weight.dtype
-    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    need(not used, f"{folder} already exists and is not an empty folder; export writes a new one")
-    beside = ("tokenizer", "special_tokens_map", "added_tokens", "generation_config", "chat_template")
-    files = [file for file in Path(base).iterdir() if file.name.startswith(beside)] if base else []
+def export(model, folder: str | Path, base: str | Path | None = None):
+    """Write the fine-tuned model as a Hugging Face folder, new or empty, with the tokenizer files
+    of the folder `base`. The model is not changed, and nothing of it is copied in memory."""
+    import shutil
+
+    from data import hub
+
+    config_of(model)
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"{folder} already exists and is not an empty folder; export writes a new one"
+        )
+    files = list(Path(base).iterdir()) if base else []  # before anything is written
     folder.mkdir(parents=True, exist_ok=True)
+    beside = ("tokenizer", "special_tokens_map", "added_tokens", "generation_config")
     for file in files:
-        shutil.copyfile(file, folder / file.name)
-    write_safetensors(folder / "model.safetensors", current_tensors(model), dtype)
-    config = model.config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        if file.name.startswith((*beside, "chat_template")):
+            shutil.copyfile(file, folder / file.name)
+    hub.write_model(folder, model, model.norm.weight.dtype)
 
 
-def export_run(run: str | Path, folder: str | Path, base: str | Path | None = None) -> str:
-    """The command line's export -> what was done, in a line. base: the run's, or the embedded one, if not given."""
-    from eval import DTYPES, TINY
-
-    file = Path(run) / "config.json"  # absent where save was called by hand
-    settings = read_json(file) if file.exists() else {}
-    base, dtype = base or settings.get("base") or TINY, settings.get("dtype", "float32")
-    need(dtype in DTYPES, f"{file}: dtype is {dtype!r}; this project knows {', '.join(DTYPES)}")
-    model = load(MoETransformer.from_pretrained(base, DTYPES[dtype]), run)
-    export(model, folder, base)
-    E, chosen = model.config.num_experts, model.adapter_config.experts
-    size = (Path(folder) / "model.safetensors").stat().st_size
-    return f"wrote {folder}: {base} with {sum(map(len, chosen))} of {E * len(chosen)} experts replaced, {size:,} bytes"
-
-
-def save_scores(model: MoETransformer, folder: str | Path, usage: Usage, scores: torch.Tensor, **how):
+def save_scores(model, folder: str | Path, usage: Usage, scores: torch.Tensor, how: dict):
     """Write scores.json and scores.svg; `how` the choice was made: kind, p and so on."""
-    chosen, mass = need_esft(model).experts, usage.gate_sums.sum(-1) / usage.n_tokens
-    content = how | usage._asdict() | {"gate_mass": mass, "scores": scores, "chosen": chosen}
+    from data import pictures, run
+
+    chosen = config_of(model).experts
+    measured = {
+        "counts": usage.counts,
+        "gate_sums": usage.gate_sums,
+        "gate_mass": usage.gate_sums.sum(-1) / usage.n_tokens,
+        "scores": scores,
+    }
+    content = how | {name: value.tolist() for name, value in measured.items()}
+    content |= {"n_tokens": usage.n_tokens, "chosen": chosen}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_text(Path(folder) / "scores.json", json.dumps(content, default=torch.Tensor.tolist) + "\n")
-    write_text(Path(folder) / "scores.svg", heat_map(scores, chosen, ", ".join(f"{k} {v}" for k, v in how.items())))
+    run.write_json(Path(folder) / SCORES, content)
+    title = ", ".join(f"{name} {value}" for name, value in how.items())
+    run.write_text(Path(folder) / PICTURE, pictures.heat_map(scores, chosen, title))
 
 
-# The lesson ----------------------------------------------------------------------------------------------------------
+# The lesson and the command ----------------------------------------------------------------------
 
 
-def main():
+def lesson():
+    """Which experts the skills of the embedded world use, and how little they share."""
     from data import skills
-    from eval import TINY, encode_rows, load_base, pad_batch
+    from data.dataset import encode_rows, pad_batch
+    from data.tokenizer import load_tokenizer
+    from model import EMBEDDED, MoETransformer
 
-    model, tokenizer = load_base(TINY)
-    K, usages, choices = model.config.num_experts_per_tok, {}, {}
-    print(f"The most used of {model.config.num_experts} experts that get half of a family's choices, {K} a token;")
+    model, tokenizer = MoETransformer.from_pretrained(EMBEDDED), load_tokenizer(EMBEDDED)
+    E, K = model.config.num_experts, model.config.num_experts_per_tok
+    print(f"The most used of {E} experts that get half of a family's choices, {K} a token;")
     print("those before the bar get a fifth: ESFT-token (p 0.2) trains these")
+    choices = {}
     for name in skills.FAMILIES:
         examples = encode_rows(skills.sample(name, "train", 100), tokenizer)
-        usages[name] = collect(model, [pad_batch(examples, tokenizer.pad_id, "cpu")])
-        scores = expert_scores(*usages[name], K)
-        choices[name], half = select_experts(scores, 0.2), select_experts(scores, 0.5)
-        layers = [" ".join(map(str, [*ids, "|", *more[len(ids) :]])) for ids, more in zip(choices[name], half)]
-        print(f"  {name:10}", *(f"{layer:34}" for layer in layers))
+        usage = collect(model, [pad_batch(examples, tokenizer.pad_id, "cpu")])
+        scores = expert_scores(*usage, K)
+        choices[name] = select_experts(scores, 0.2)
+        print(f"  {name:10}", end="")
+        for fifth, half in zip(choices[name], select_experts(scores, 0.5)):
+            text = " ".join(map(str, [*fifth, "|", *half[len(fifth) :]]))
+            print(f"{text:35}", end="")
+        print()
 
     print("\nOverlap: experts chosen for both, % of those chosen for either, mean of the layers")
     print(" " * 12 + " ".join(f"{name[:6]:>6}" for name in choices))
-    for a in choices:
-        shared = [[len({*x} & {*y}) / len({*x} | {*y}) for x, y in zip(choices[a], choices[b])] for b in choices]
-        print(f"  {a:10}" + " ".join(f"{100 * sum(layers) / len(layers):6.0f}" for layers in shared))
-    print("\nESFT for kinship\n" + report(apply_esft(model, choices["kinship"]), usages["kinship"]))
+    for name, mine in choices.items():
+        shares = [100 * overlap(mine, theirs) for theirs in choices.values()]
+        print(f"  {name:10}" + " ".join(f"{share:6.0f}" for share in shares))
+    print("\nESFT for kinship")
+    print(report(apply_esft(model, choices["kinship"])))
 
 
-def command(argv: list[str]):
-    if argv and (argv[0] != "export" or len(argv) not in (3, 4)):
-        print("usage: python esft.py [export RUN_FOLDER NEW_FOLDER [BASE]]", file=sys.stderr)
-        sys.exit(2)
-    try:
-        print(export_run(*argv[1:])) if argv else main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def overlap(a: list[list[int]], b: list[list[int]]) -> float:
+    """Of the experts chosen in a or b, the share chosen in both: mean of the layers."""
+    shares = [len({*x} & {*y}) / len({*x} | {*y}) for x, y in zip(a, b)]
+    return sum(shares) / len(shares)
+
+
+def main(argv=None):
+    from data import run
+
+    parser = run.Parser(description="Without arguments: which experts the embedded skills use.")
+    commands = parser.add_subparsers(dest="command", parser_class=run.Parser)
+    about = "write what a run trained, in its base, as a Hugging Face folder"
+    exporting = commands.add_parser("export", help=about, description=about)
+    exporting.add_argument(
+        "run", metavar="RUN_FOLDER", help="of train.py, or a folder of esft.save"
+    )
+    exporting.add_argument("folder", metavar="NEW_FOLDER")
+    exporting.add_argument("base", metavar="BASE", nargs="?", help="(the run's)")
+    args = parser.parse_args(argv)
+    if args.command:
+        export_run(Path(args.run), args.folder, args.base)
+    else:
+        lesson()
+
+
+def export_run(folder: Path, new: str, base: str | None):
+    """Export what train.py saved in `folder`."""
+    from data import run
+    from model import DTYPES, EMBEDDED, MoETransformer
+
+    file = folder / "config.json"  # absent where save was called by hand
+    settings = run.read_json(file) if file.exists() else {}
+    base = str(base or settings.get("base") or EMBEDDED)
+    dtype = settings.get("dtype") or "float32"
+    if dtype not in list(DTYPES):
+        raise ValueError(f"{file}: dtype is {run.shown(dtype)}; choose from {', '.join(DTYPES)}")
+    model = load(MoETransformer.from_pretrained(base, DTYPES[dtype]), folder)
+    export(model, new, base)
+    size = (Path(new) / "model.safetensors").stat().st_size
+    print(f"wrote {new}: {base} with the experts of {folder}, {size:,} bytes")
 
 
 if __name__ == "__main__":
-    command(sys.argv[1:])
+    from data import run
+
+    run.command(main)()

@@ -1,7 +1,9 @@
-"""torch.compile, one block at a time: every method in one graph, for all lengths, with the numbers of the plain loop.
+"""torch.compile, one block at a time: every method in one graph, for all lengths, with the numbers
+of the plain loop.
 
-Most tests trace the graphs but run them operation by operation ("eager", or "aot_eager", which makes a graph of the
-backward pass too): that takes seconds where generating code takes half a minute. One test, twice, generates code.
+Most tests trace the graphs but run them operation by operation ("eager", or "aot_eager", which
+makes a graph of the backward pass too): that takes seconds where generating code takes half a
+minute. One test, twice, generates code.
 """
 
 import copy
@@ -21,8 +23,15 @@ from moe import MoE
 from perft import PERFT, apply_perft
 
 # 2F is not D, so that a tensor's shape says what it is
-CONFIG = Config(vocab_size=50, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-                num_experts=6, num_experts_per_tok=2)  # fmt: skip
+CONFIG = Config(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_experts=6,
+    num_experts_per_tok=2,
+)
 METHODS = {
     **{variant: {"rank": 3} for variant in (*PERFT, "lora_qv")},
     "perft_e of some experts": {"rank": 4, "experts": [[3, 0], [1, 4]], "kind": "parallel"},
@@ -47,7 +56,8 @@ def random_weights(module):
 
 
 def make_model(method, dtype):
-    """The method attached to random weights; what trains has moved since then, as after some steps."""
+    """The method attached to random weights; what trains has moved since then, as after some
+    steps."""
     model, options = random_weights(MoETransformer(CONFIG)).to(dtype), METHODS[method]
     if method == "esft":
         apply_esft(model, options)
@@ -64,7 +74,8 @@ def gap(a, b):
 
 
 def step(model, B, T):
-    """One step of plain gradient descent on B rows of T tokens, some padded -> loss and gradients."""
+    """One step of plain gradient descent on B rows of T tokens, some padded -> loss and
+    gradients."""
     ids = torch.randint(50, (B, T), generator=torch.Generator().manual_seed(T))
     mask = (torch.arange(T) < T - torch.arange(B)[:, None]).long()
     model.zero_grad()
@@ -77,12 +88,17 @@ def step(model, B, T):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_in_one_graph_for_all_layers_and_lengths(method):
-    """Losses and gradients of three steps: those of the loop over experts, not compiled, within 1e-5 of a tensor's
-    largest entry. Both layers and all shapes share the one graph."""
+    """Losses and gradients of three steps: those of the loop over experts, not compiled, within
+    1e-5 of a tensor's largest entry. Both layers and all shapes share the one graph."""
     plain = make_model(method, torch.float32)
     model = copy.deepcopy(plain)
-    for m in (plain, model):  # layer 0 as layer 1: its input wants a gradient, whether or not the embeddings train
-        m.embed_tokens.register_forward_hook(lambda module, args, x: x if x.requires_grad else x.requires_grad_())
+    for m in (
+        plain,
+        model,
+    ):  # layer 0 as layer 1: its input wants a gradient, whether or not the embeddings train
+        m.embed_tokens.register_forward_hook(
+            lambda module, args, x: x if x.requires_grad else x.requires_grad_()
+        )
     for block in plain.layers:
         for part in block.modules():
             if hasattr(part, "path"):
@@ -109,11 +125,17 @@ FLAGS = {
 
 @pytest.mark.parametrize("case", FLAGS)
 def test_a_compiled_run_has_the_losses_of_the_plain_one(case, tmp_path, monkeypatch):
-    """train.py --compile on a tiny base of one layer, with a graph of the backward pass too: three steps of unlike
-    lengths, each the outcome of the gradients before it."""
+    """train.py --compile on a tiny base of one layer, with a graph of the backward pass too: three
+    steps of unlike lengths, each the outcome of the gradients before it."""
     torch.manual_seed(0)
-    config = replace(CONFIG, num_hidden_layers=1, vocab_size=640, initializer_range=0.2, eos_token_id=0,
-                     pad_token_id=1)  # fmt: skip
+    config = replace(
+        CONFIG,
+        num_hidden_layers=1,
+        vocab_size=640,
+        initializer_range=0.2,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
     MoETransformer(config).save_pretrained(tmp_path / "base")
     tiny = Path(__file__).resolve().parent.parent / "data" / "tiny_olmoe"
     shutil.copy(tiny / "tokenizer.json", tmp_path / "base")
@@ -126,13 +148,37 @@ def test_a_compiled_run_has_the_losses_of_the_plain_one(case, tmp_path, monkeypa
     monkeypatch.setattr(torch, "compile", quick)
     logged = []
     for flag in ("--no-compile", "--compile"):
-        argv = ["--variant", case.split()[0], "--base", str(tmp_path / "base"), "--out", str(tmp_path / flag), flag]
-        argv += ["--steps", "3", "--batch_size", "4", "--train_rows", "12", "--eval_rows", "1", "--warmup", "1"]
+        argv = [
+            "--variant",
+            case.split()[0],
+            "--base",
+            str(tmp_path / "base"),
+            "--out",
+            str(tmp_path / flag),
+            flag,
+        ]
+        argv += [
+            "--steps",
+            "3",
+            "--batch_size",
+            "4",
+            "--train_rows",
+            "12",
+            "--eval_rows",
+            "1",
+            "--warmup",
+            "1",
+        ]
         with torch._dynamo.config.patch(recompile_limit=8):  # which main sets: it is put back
             train.main([*argv, "--lr", "1e-2", "--log_every", "1", "--threads", "1", *FLAGS[case]])
-        lines = [json.loads(line) for line in (tmp_path / flag / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / flag / "metrics.jsonl").read_text().splitlines()
+        ]
         keys = ("cross_entropy", "balance", "adapter_balance")
-        logged.append([[line.get(key, 0) for key in keys] for line in lines if line["event"] == "step"])
+        logged.append(
+            [[line.get(key, 0) for key in keys] for line in lines if line["event"] == "step"]
+        )
     plain, ours = logged
     assert len(compiled) == 1 and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert len(plain) == 3 and len({tuple(line) for line in plain}) == 3
@@ -143,24 +189,21 @@ def test_a_compiled_run_has_the_losses_of_the_plain_one(case, tmp_path, monkeypa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_grouped_product_keeps_the_rules_of_a_custom_operation(dtype):
-    """torch.library.opcheck: the shapes and strides it foretells are those it returns, also for symbolic sizes, and
-    no input changes. Where masters are given, their room in b holds their values already: it is the exception."""
+    """torch.library.opcheck: the shapes and strides it foretells are those it returns, also for
+    symbolic sizes, and no input changes."""
     torch.manual_seed(0)
-    a, b, ends = torch.randn(7, 16, dtype=dtype), torch.randn(3, 16, 8, dtype=dtype), torch.tensor([2, 2, 7]).int()
-    masters, none = b[:2].clone().float(), a[:0]
-    for args in ((a, b, ends, None), (a, b.mT.contiguous().mT, ends, None), (a.t(), a[:, :8].clone(), ends, None),
-                 (a, b, ends, masters), (none, b, 0 * ends, None), (none.t(), none, 0 * ends, None)):  # fmt: skip
+    a = torch.randn(7, 16, dtype=dtype)
+    b = torch.randn(3, 16, 8, dtype=dtype)
+    ends = torch.tensor([2, 2, 7]).int()
+    none = a[:0]
+    for args in (
+        (a, b, ends),
+        (a, b.mT.contiguous().mT, ends),
+        (a.t(), a[:, :8].clone(), ends),
+        (none, b, 0 * ends),
+        (none.t(), none, 0 * ends),
+    ):
         torch.library.opcheck(moe.grouped_mm, args)
-
-
-def test_the_grouped_product_takes_the_masters_values_whatever_lies_in_their_room():
-    """Against one product a group. The matrices behind the room stay as they are."""
-    torch.manual_seed(0)
-    a, b, masters = torch.randn(9, 16), torch.randn(3, 16, 8), torch.randn(2, 16, 8)
-    room = b.clone()
-    y = moe.grouped_mm(a, room, torch.tensor([4, 6, 9], dtype=torch.int32), masters)
-    assert gap(y, torch.cat((a[:4] @ masters[0], a[4:6] @ masters[1], a[6:] @ b[2]))) < 1e-6
-    assert torch.equal(room[2], b[2])
 
 
 def make_block(dtype, trains):
@@ -168,8 +211,9 @@ def make_block(dtype, trains):
 
 
 def test_compiled_frozen_experts_keep_no_rows():
-    """Between forward and backward lie the experts' hidden activations (R, 2F), but no row that only the gradient of
-    a weight would need: neither the gathered rows (R, D) nor the input of the down projection (R, F)."""
+    """Between forward and backward lie the experts' hidden activations (R, 2F), but no row that
+    only the gradient of a weight would need: neither the gathered rows (R, D) nor the input of the
+    down projection (R, F)."""
     D, F_, R = CONFIG.hidden_size, CONFIG.intermediate_size, 10 * CONFIG.num_experts_per_tok
     kept = {}
     for trains in (False, True):
@@ -177,7 +221,9 @@ def test_compiled_frozen_experts_keep_no_rows():
         block.compile(backend="aot_eager", fullgraph=True, dynamic=True)
         x = torch.randn(1, 10, D, requires_grad=True)
         block(x)[0].sum().backward()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
+        ):
             block(x)
         kept[trains] = {tuple(t.shape) for t in saved}
     assert (R, 2 * F_) in kept[False] and not {(R, D), (R, F_)} & kept[False]
@@ -195,29 +241,43 @@ def test_one_token_and_none_need_a_graph_each_and_have_their_gradients():
             block.experts.path = path
             y = run(x)[0]
             inputs = [x, block.experts.gate_up_proj, block.experts.down_proj]
-            results.append([y, *torch.autograd.grad(y.square().sum(), inputs, materialize_grads=True)])
+            results.append(
+                [y, *torch.autograd.grad(y.square().sum(), inputs, materialize_grads=True)]
+            )
         block.experts.path = "grouped"
         assert all(a.shape == b.shape for a, b in zip(*results))
         assert all(gap(a, b) < 1e-5 for a, b in zip(*results) if a.numel())
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_generated_code_has_the_numbers_of_the_loop_in_double_precision(dtype):
-    """The default backend, 7 to 129 tokens, everything trains: output and all gradients, one graph."""
+    """The default backend, 7 to 129 tokens, everything trains: output and all gradients, one
+    graph."""
     block = make_block(dtype, True)
     exact, tolerance = copy.deepcopy(block).double(), 1e-5 if dtype == torch.float32 else 0.04
     exact.experts.path = "loop"
     compiled = torch.compile(block, fullgraph=True, dynamic=True)
     for T in (7, 64, 129):
-        x = torch.randn(1, T, CONFIG.hidden_size, generator=torch.Generator().manual_seed(T)).to(dtype)
+        x = torch.randn(1, T, CONFIG.hidden_size, generator=torch.Generator().manual_seed(T)).to(
+            dtype
+        )
         x.requires_grad_()
         with torch._dynamo.config.patch(error_on_recompile=True):
             y, routing = compiled(x)
-            ours = [y, *torch.autograd.grad(y.float().square().sum(), [x, *block.experts.parameters()])]
+            ours = [
+                y,
+                *torch.autograd.grad(y.float().square().sum(), [x, *block.experts.parameters()]),
+            ]
         x64 = x.detach().double().requires_grad_()
-        weights = x64.view(T, -1) @ exact.router.weight.t()  # of the experts chosen: rounding moves near ties
+        weights = (
+            x64.view(T, -1) @ exact.router.weight.t()
+        )  # of the experts chosen: rounding moves near ties
         weights = weights.softmax(-1).gather(1, routing.selected_experts)
-        theirs = exact.experts(x64.view(T, -1), routing._replace(routing_weights=weights)).view_as(x)
+        theirs = exact.experts(x64.view(T, -1), routing._replace(routing_weights=weights)).view_as(
+            x
+        )
         direct = torch.autograd.grad(theirs.square().sum(), [x64, *exact.experts.parameters()])
         assert all(gap(a, b) < tolerance for a, b in zip(ours, (theirs, *direct)))
