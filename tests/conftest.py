@@ -1,4 +1,4 @@
-"""One thread a test process: as quick for models of this size, and the tests may run side by side."""
+"""One thread a test process: as quick for models of this size, and they may run side by side."""
 
 import os
 

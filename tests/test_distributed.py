@@ -1,9 +1,9 @@
 """Two processes that share a model train it as one process does: the same log, the same files.
 
-This file is also the script, `python test_distributed.py` alone or behind `torchrun --nproc_per_node=2`: it runs
-train.main for each case below, in the working folder. Two processes are stopped after two steps and resume for the
-rest, one process goes through: what is compared at the end has passed through a saved state as well. All cases share
-two starts, hence one test.
+This file is also the script, `python test_distributed.py` alone or behind `torchrun
+--nproc_per_node=2`: it runs train.main for each case below, in the working folder. Two processes
+are stopped after two steps and resume for the rest, one process goes through: what is compared at
+the end has passed through a saved state as well. All cases share two starts, hence one test.
 """
 
 import json
@@ -20,57 +20,74 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from data import dataset
-from data.checkpoint import SafetensorsFile
-from data.shard import RANK, WORLD, meet, start, stop
+from data import shard as processes
+from data.hub import SafetensorsFile
+from data.shard import RANK, WORLD
 from model import Config, MoETransformer
 from train import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = {"vocab_size": 640, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64, "eos_token_id": 0,
-         "pad_token_id": 1}  # fmt: skip
+SIZES = {
+    "vocab_size": 640,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+MIXTRAL = {"model_type": "mixtral", "norm_topk_prob": True, "tie_word_embeddings": True}
 BASES = {
     "olmoe": Config(**SIZES, num_experts=8),
-    "mixtral": Config(**SIZES, num_experts=5, model_type="mixtral", norm_topk_prob=True, tie_word_embeddings=True),
+    "mixtral": Config(**SIZES, **MIXTRAL, num_experts=5),
 }
-RUN = ["--batch_size", "4", "--warmup", "1", "--lr", "1e-2", "--weight_decay", "0.1", "--clip", "0.5", "--balance",
-       "0.1", "--log_every", "1", "--save_every", "2", "--threads", "1"]  # fmt: skip
-TASK = ["--steps", "3", "--eval_rows", "1", "--train_rows", "9"]  # batches of 4, 4, 1: one row is none for a process
-FILE = ["--data", "rows.json", "--epochs", "2"]
-LORA, R = ["--dropout", "0"], ["--dropout", "0", "--adapter_balance", "0.2"]
-ESFT, BF16 = ["--score_rows", "6"], ["--dtype", "bfloat16"]
-MICRO = ["--micro_batch", str(2 // WORLD), "--checkpoint_activations"]  # the rows are those of one process
+RUN = "--batch_size 4 --warmup 1 --lr 1e-2 --weight_decay 0.1 --clip 0.5 --balance 0.1"
+RUN += " --log_every 1 --save_every 2 --threads 1"
+STEPS = "--steps 3 --eval_rows 1"
+TASK = f"{STEPS} --train_rows 9"  # batches of 4, 4, 1: one row is none for a process
+FILE = "--data rows.json --epochs 2"
+LORA, R = "--dropout 0", "--dropout 0 --adapter_balance 0.2"
+ESFT, BF16 = "--score_rows 6", "--dtype bfloat16"
+# the rows are those of one process
+MICRO = f"--micro_batch {2 // WORLD} --checkpoint_activations"
 CASES = {  # variant, base (None: the embedded one), flags
-    "perft_s": ("perft_s", "olmoe", [*TASK, *LORA]),
-    "perft_d": ("perft_d", "olmoe", [*TASK, *LORA]),
-    "perft_r": ("perft_r", "olmoe", [*TASK, *R]),
-    "perft_e": ("perft_e", "olmoe", [*TASK, *LORA]),
-    "perft_e of some experts": ("perft_e", "olmoe", [*TASK, *LORA, "--experts", "experts.json"]),
-    "lora_qv": ("lora_qv", "olmoe", [*TASK, *LORA]),
+    "perft_s": ("perft_s", "olmoe", TASK, LORA),
+    "perft_d": ("perft_d", "olmoe", TASK, LORA),
+    "perft_r": ("perft_r", "olmoe", TASK, R),
+    "perft_e": ("perft_e", "olmoe", TASK, LORA),
+    "perft_e of some experts": ("perft_e", "olmoe", TASK, LORA, "--experts experts.json"),
+    "lora_qv": ("lora_qv", "olmoe", TASK, LORA),
     "router": ("router", "olmoe", TASK),
     "frozen_experts": ("frozen_experts", "olmoe", TASK),
     "full": ("full", "olmoe", TASK),
-    "esft_token": ("esft_token", "olmoe", [*TASK, *ESFT]),
-    "scratch": ("scratch", "olmoe", TASK[:4]),
-    "perft_r, bfloat16, routers too": ("perft_r", "olmoe", [*TASK, *R, *BF16, "--train_router"]),
-    "esft_token, bfloat16": ("esft_token", "olmoe", [*TASK, *ESFT, *BF16]),
+    "esft_token": ("esft_token", "olmoe", TASK, ESFT),
+    "scratch": ("scratch", "olmoe", STEPS),
+    "perft_r, bfloat16, routers too": ("perft_r", "olmoe", TASK, R, BF16, "--train_router"),
+    "esft_token, bfloat16": ("esft_token", "olmoe", TASK, ESFT, BF16),
     "full, 5 experts, tied": ("full", "mixtral", TASK),
-    "esft_token, 5 experts, tied": ("esft_token", "mixtral", [*TASK, *ESFT]),
-    "perft_r, micro-batches, checkpointed": ("perft_r", "olmoe", [*TASK, *R, *MICRO]),
-    "full, micro-batches, checkpointed": ("full", "mixtral", [*TASK, *MICRO]),
-    "perft_s, file, prompts too": ("perft_s", "olmoe", [*FILE, *LORA, "--held_out", "3", "--train_on_inputs"]),
-    "perft_s, file, nothing held out": ("perft_s", "olmoe", [*FILE, *LORA, "--held_out", "0"]),
-    "perft_s, embedded base": ("perft_s", None, [*TASK, *LORA, "--eval_rows", "20", "--lr", "1e-3"]),
+    "esft_token, 5 experts, tied": ("esft_token", "mixtral", TASK, ESFT),
+    "perft_r, micro-batches, checkpointed": ("perft_r", "olmoe", TASK, R, MICRO),
+    "full, micro-batches, checkpointed": ("full", "mixtral", TASK, MICRO),
+    "perft_s, file, prompts too": (
+        *("perft_s", "olmoe", FILE, LORA),
+        "--held_out 3 --train_on_inputs",
+    ),
+    "perft_s, file, nothing held out": ("perft_s", "olmoe", FILE, LORA, "--held_out 0"),
+    "perft_s, embedded base": ("perft_s", None, TASK, LORA, "--eval_rows 20 --lr 1e-3"),
 }
 
 
-# The script ---------------------------------------------------------------------------------------------------------
+# The script --------------------------------------------------------------------------------------
 
 
 def run(case):
-    variant, base, flags = CASES[case]
-    argv = ["--variant", variant, "--out", f"{WORLD}/{case}", *RUN, *flags, *(["--base", base] if base else [])]
+    variant, base, *flags = CASES[case]
+    argv = ["--variant", variant, "--out", f"{WORLD}/{case}"]
+    argv += " ".join([RUN, *flags]).split()
+    if base:
+        argv += ["--base", base]
     if WORLD > 1:
         train.learning_rate = stopping
         try:
@@ -79,25 +96,27 @@ def run(case):
             assert ctrl_c.code == 130, ctrl_c
         train.learning_rate = learning_rate
         argv.append("--resume")
-        meet()  # the saved state is complete
+        processes.meet()  # the saved state is complete
     train.main(argv)
 
 
-def stopping(step, args):
+def stopping(step, steps, args):
     """train.learning_rate, of the third step: Ctrl-C on all processes."""
     if step == 2:
         raise KeyboardInterrupt
-    return learning_rate(step, args)
+    return learning_rate(step, steps, args)
 
 
 def script():
-    """All cases -> WORLD.json: of each process and case, the share of the model held, and the choices counted."""
+    """All cases -> WORLD.json: of each process and case, the share of the model held, and the
+    choices counted."""
     build, counts, fsync, seen = train.build, train.expert_counts, os.fsync, {}
 
-    def watched_build(args):
-        built = build(args)
-        held = sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in built.model.parameters())
-        seen[case]["held"] = held / sum(p.nbytes for p in built.model.parameters())
+    def watched_build(*args):
+        built = build(*args)
+        parameters = list(built.model.parameters())
+        held = sum(processes.held(p.detach())[0].nbytes for p in parameters)
+        seen[case]["held"] = held / sum(p.nbytes for p in parameters)
         return built
 
     def watched_counts(routing, mask):
@@ -108,9 +127,10 @@ def script():
         time.sleep(0.01)
         fsync(file)
 
-    start("cpu")  # once; a run of train.py by itself does so each time
-    dataset.CACHE = Path("cache")
-    train.start, train.stop, train.build, train.expert_counts = lambda d: d, meet, watched_build, watched_counts
+    stop = processes.stop
+    processes.start("cpu")  # once; a run of train.py by itself does so each time
+    processes.start, processes.stop = lambda device: device, processes.meet
+    train.build, train.expert_counts = watched_build, watched_counts
     os.fsync = slow_disk if WORLD > 1 else fsync
     for case in CASES:
         seen[case] = {"counts": []}
@@ -128,21 +148,29 @@ def script():
     stop()
 
 
-# The test -----------------------------------------------------------------------------------------------------------
+# The test ----------------------------------------------------------------------------------------
 
 
 def make_inputs(folder):
-    """The bases, with decided routers, so that no choice hangs on a rounding; rows of unlike lengths; experts."""
+    """The bases, with decided routers, so that no choice hangs on a rounding; rows of unlike
+    lengths; experts."""
     for name, config in BASES.items():
         torch.manual_seed(0)
         model = MoETransformer(config)
         for key, p in model.named_parameters():
-            p.data.normal_(1, 0.3) if "norm" in key else p.data.normal_(0, p.shape[-1] ** -0.5)
-            p.data.mul_(4 if "router" in key else 1)
+            if "norm" in key:
+                p.data.normal_(1, 0.3)
+            else:
+                p.data.normal_(0, p.shape[-1] ** -0.5)
+            if "router" in key:
+                p.data.mul_(4)
         model.save_pretrained(folder / name)
         shutil.copy(ROOT / "data" / "tiny_olmoe" / "tokenizer.json", folder / name)
-    talk = [(f"copy {'a b ' * n}", "a b" if n % 2 else "a b c d e") for n in (1, 9, 2, 7, 3, 5, 4, 6)]
-    rows = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in talk]
+    rows = []
+    for n in (1, 9, 2, 7, 3, 5, 4, 6):
+        answer = "a b" if n % 2 else "a b c d e"
+        question = {"role": "user", "content": f"copy {'a b ' * n}"}
+        rows.append({"messages": [question, {"role": "assistant", "content": answer}]})
     (folder / "rows.json").write_text(json.dumps(rows))
     # an odd number of experts, and more of them on one process than on the other
     (folder / "experts.json").write_text(json.dumps({"experts": {"0": [6, 1, 3], "1": [2, 0, 5]}}))
@@ -152,7 +180,8 @@ def spawn(folder, *prefix):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *prefix, __file__]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[:4000]  # the case comes first, torchrun's own words last
+    # the case comes first, torchrun's own words last
+    assert done.returncode == 0, done.stderr[:4000]
 
 
 CLOCKED = ("tokens_per_second", "memory", "file")
@@ -161,7 +190,8 @@ EXACT = {"event", "step", "lr", "accuracy", "kept", "bytes"}
 
 def log(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in CLOCKED} for line in lines if line["event"] != "memory"]
+    lines = [line for line in lines if line["event"] != "memory"]
+    return [{k: v for k, v in line.items() if k not in CLOCKED} for line in lines]
 
 
 def far(a, b):
@@ -171,21 +201,25 @@ def far(a, b):
 
 
 def unlike_logs(one, two, limit):
-    """What differs. AdamW makes much of gradients that are rounding: the norm is allowed ten times the limit."""
+    """What differs. AdamW makes much of gradients that are rounding: the norm is allowed ten times
+    the limit."""
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for key in a:
-            bound = 0 if key in EXACT else 10 * limit if key == "grad_norm" else limit
+            bound = 0 if key in EXACT else limit
+            if key == "grad_norm":
+                bound = 10 * limit
             if a[key] != b[key] and (not bound or far(b[key], a[key]) > bound):
                 yield f"{a['event']} {a.get('step', '')}: {key} {a[key]} alone, {b[key]} of two"
 
 
 def unlike_files(one, two, limit):
-    names = {world: sorted(str(path.relative_to(world)) for path in world.rglob("*.*")) for world in (one, two)}
-    if names[one] != names[two]:
-        yield f"files {names[one]} alone, {names[two]} of two"
+    names = sorted(str(path.relative_to(one)) for path in one.rglob("*.*"))
+    theirs = sorted(str(path.relative_to(two)) for path in two.rglob("*.*"))
+    if names != theirs:
+        yield f"files {names} alone, {theirs} of two"
         return
-    for name in names[one]:
+    for name in names:
         a, b = one / name, two / name
         if name.endswith(".safetensors"):
             a, b = SafetensorsFile(a), SafetensorsFile(b)
@@ -201,9 +235,10 @@ def unlike(a, b, limit):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """Of every case: cross-entropy, balance losses and gradient norm of each step, what is measured before and after,
-    and all that is saved; of ESFT also the scores, and so the choice. Each of two holds about half of the model.
-    The cases in which a loop that skips experts without tokens would go wrong do come up."""
+    """Of every case: cross-entropy, balance losses and gradient norm of each step, what is measured
+    before and after, and all that is saved; of ESFT also the scores, and so the choice. Each of two
+    holds about half of the model. The cases in which a loop that skips experts without tokens would
+    go wrong do come up."""
     make_inputs(tmp_path)
     spawn(tmp_path)
     spawn(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -214,20 +249,29 @@ def test_two_processes_train_as_one(tmp_path):
         one, two = (tmp_path / world / case for world in "12")
         logs = log(one), log(two)
         wrong += [f"{case}: {text}" for text in unlike_logs(*logs, 0.03 if rounds else 1e-5)]
-        limit = 5e-2 if rounds else 5e-3 if case == "scratch" else 1e-4  # the file of scratch is in bfloat16
+        limit = 5e-2 if rounds else 1e-4
+        if case == "scratch":
+            limit = 5e-3  # its file is in bfloat16
         wrong += [f"{case}: {text}" for text in unlike_files(one, two, limit)]
         steps = [line["cross_entropy"] for line in logs[0] if line["event"] == "step"]
-        wrong += [f"{case}: it does not learn"] if len(set(steps)) < 3 else []
+        if len(set(steps)) < 3:
+            wrong.append(f"{case}: it does not learn")
         held = [process[case]["held"] for process in (*alone, *pair)]
-        wrong += [f"{case}: held {held}"] if held[0] != 1 or max(held[1:]) > 0.65 else []
+        if held[0] != 1 or max(held[1:]) > 0.65:
+            wrong.append(f"{case}: held {held}")
     assert not wrong, "\n".join(wrong)
 
     kept = log(tmp_path / "2" / "perft_s, embedded base")[0]["kept"]
     assert kept > 0.5, "there are accuracies above 0 to be compared"
-    a, b = (process["full"]["counts"] for process in pair)  # of a layer and step, by expert
-    assert any([n > 0 for n in x] != [n > 0 for n in y] for x, y in zip(a, b)), "they use different experts"
-    assert any(not m + n for x, y in zip(a, b) for m, n in zip(x, y)), "some expert gets no token at all"
-    assert any(sum(x) and not sum(y) for x, y in zip(a, b)), "a process gets no row"
+    different = unused = no_row = False
+    # of a layer and step, by expert
+    for x, y in zip(pair[0]["full"]["counts"], pair[1]["full"]["counts"]):
+        different |= [n > 0 for n in x] != [n > 0 for n in y]
+        unused |= 0 in [m + n for m, n in zip(x, y)]
+        no_row |= sum(x) > 0 and sum(y) == 0
+    assert different, "they use different experts"
+    assert unused, "some expert gets no token at all"
+    assert no_row, "a process gets no row"
 
 
 if __name__ == "__main__":
