@@ -1,7 +1,9 @@
-"""eval.py measures what greedy decoding would do, and finds again what train.py reported; the embedded base is good.
+"""eval.py measures what greedy decoding would do, answers prompts, and finds again what train.py
+reported; the embedded base is good. (The papers' test sets: test_eval_sets.py.)
 
-The first half runs on a tiny model that learns for a few seconds, enough to be right on some rows and wrong on others.
-The second half is about the model in data/tiny_olmoe itself, and is skipped while that is not there.
+The first half runs on a tiny model that learns for a few seconds, enough to be right on some rows
+and wrong on others. The second half is about the model in data/tiny_olmoe itself, and is skipped
+while that is not there.
 """
 
 import json
@@ -14,13 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import failure, make_base, metrics, one_thread  # noqa: F401 (the fixture is used by being here)
+from test_train import failure, make_base, metrics, one_thread  # noqa: F401 (used by being here)
 
 import eval
+import perft
 import train
 from data import skills
+from data.dataset import encode_rows
+from data.tasks import TEMPLATES, chat_turns
 from data.tokenizer import load_tokenizer
-from eval import accuracies, encode_rows, is_right, load_base, load_trained
+from eval import accuracies, is_right, load_base, load_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny_olmoe"
@@ -30,9 +35,19 @@ TINY = ROOT / "data" / "tiny_olmoe"
 def learnt(tmp_path_factory):
     """A tiny model folder that knows a little: made by train.py, in 120 steps."""
     out = tmp_path_factory.mktemp("learnt")
-    flags = {"lr": 0.01, "steps": 120, "batch_size": 32, "warmup": 10, "eval_rows": 5, "log_every": 120, "threads": 1}
+    flags = {
+        "lr": 0.01,
+        "steps": 120,
+        "batch_size": 32,
+        "warmup": 10,
+        "eval_rows": 5,
+        "log_every": 120,
+        "threads": 1,
+    }
     flags = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-    train.main(["--variant", "scratch", "--base", str(make_base(out / "base")), "--out", str(out), *flags])
+    train.main(
+        ["--variant", "scratch", "--base", str(make_base(out / "base")), "--out", str(out), *flags]
+    )
     shutil.copy(TINY / "tokenizer.json", out / "model")
     return out / "model"
 
@@ -46,11 +61,14 @@ def model_and_tokenizer(learnt):
 def rows():
     """Rows of every family, those that a small model learns first more often."""
     often = {"logic": 60, "kinship": 40, "day": 40, "quiz": 40}
-    return [row for name in skills.FAMILIES for row in skills.sample(name, "test", often.get(name, 10))]
+    return [
+        row for name in skills.FAMILIES for row in skills.sample(name, "test", often.get(name, 10))
+    ]
 
 
-def by_hand(model, ids, steps, end):
-    """Greedy decoding without a cache, without a batch: the likeliest token is appended, until the end token."""
+def greedy_by_hand(model, ids, steps, end):
+    """Greedy decoding without a cache, without a batch: the likeliest token is appended, until the
+    end token."""
     ids, new = list(ids), []
     for _ in range(steps):
         token = model(torch.tensor([ids])).logits[0, -1].argmax().item()
@@ -61,15 +79,21 @@ def by_hand(model, ids, steps, end):
     return new, False
 
 
-# What is right -------------------------------------------------------------------------------------------------------
+# What is right -----------------------------------------------------------------------------------
 
 
-def test_a_row_is_right_if_and_only_if_greedy_decoding_gives_its_answer_and_ends(model_and_tokenizer, rows):
-    """Against model.generate and skills.correct: the text that comes out is the answer, and nothing follows."""
+def test_a_row_is_right_if_and_only_if_greedy_decoding_gives_its_answer_and_ends(
+    model_and_tokenizer, rows
+):
+    """Against model.generate and skills.correct: the text that comes out is the answer, and nothing
+    follows."""
     model, tokenizer = model_and_tokenizer
     right = is_right(model, tokenizer, rows)
     answers = model.generate([tokenizer.encode(row.prompt) for row in rows], max_new_tokens=12)
-    told = [len(ids) < 12 and skills.correct(tokenizer.decode(ids), row) for ids, row in zip(answers, rows)]
+    told = [
+        len(ids) < 12 and skills.correct(tokenizer.decode(ids), row)
+        for ids, row in zip(answers, rows)
+    ]
     assert right == told
     assert 30 < sum(right) < len(rows) - 100, "all right, or all wrong, would compare nothing"
 
@@ -81,7 +105,9 @@ def test_a_row_is_right_if_decoding_token_by_token_by_hand_says_so(model_and_tok
     some = rows[::4]
     for row, right in zip(some, is_right(model, tokenizer, some)):
         answer = tokenizer.encode(row.answer)
-        new, ended = by_hand(model, tokenizer.encode(row.prompt), len(answer) + 1, tokenizer.eos_id)
+        new, ended = greedy_by_hand(
+            model, tokenizer.encode(row.prompt), len(answer) + 1, tokenizer.eos_id
+        )
         assert right == (ended and new == answer)
 
 
@@ -95,7 +121,9 @@ def test_batch_size_and_order_do_not_change_what_is_right(model_and_tokenizer, r
     assert is_right(model, tokenizer, []) == []
 
 
-def test_accuracy_is_the_share_of_the_first_test_rows_a_fifth_of_them_for_other_skills(model_and_tokenizer):
+def test_accuracy_is_the_share_of_the_first_test_rows_a_fifth_of_them_for_other_skills(
+    model_and_tokenizer,
+):
     """Against the shares worked out from the rows; the model is left in the mode it was in."""
     model, tokenizer = model_and_tokenizer
     model.train()
@@ -108,7 +136,7 @@ def test_accuracy_is_the_share_of_the_first_test_rows_a_fifth_of_them_for_other_
         assert measured[name] == sum(right) / n
 
 
-# The script ----------------------------------------------------------------------------------------------------------
+# The script --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -118,49 +146,80 @@ def test_accuracy_is_the_share_of_the_first_test_rows_a_fifth_of_them_for_other_
         ["perft_e", "--task", "day", "--dtype", "bfloat16", "--kind", "parallel"],
         ["lora_qv", "--task", "logic", "--rank", 3, "--dtype", "bfloat16"],
         ["router", "--task", "quiz"],
+        ["perft_s", "--task", "kinship_new"],
         ["full", "--task", "logic"],
         ["esft_gate", "--task", "logic"],
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
-def test_eval_finds_exactly_the_accuracies_that_the_training_run_reported(learnt, tmp_path, capsys, flags):
-    """The run folder is all it is told: base, task, dtype and number of rows are the run's. Against metrics.jsonl."""
-    run = {"lr": 0.02, "steps": 12, "batch_size": 16, "warmup": 2, "eval_rows": 100, "train_rows": 200, "threads": 1}
+def test_eval_finds_exactly_the_accuracies_that_the_training_run_reported(
+    learnt, tmp_path, capsys, flags
+):
+    """The run folder is all it is told: base, task, dtype and number of rows are the run's. Against
+    metrics.jsonl."""
+    run = {
+        "lr": 0.02,
+        "steps": 12,
+        "batch_size": 16,
+        "warmup": 2,
+        "eval_rows": 100,
+        "train_rows": 200,
+        "threads": 1,
+    }
     run = [text for flag, value in run.items() for text in (f"--{flag}", str(value))]
-    train.main(["--variant", *map(str, flags), "--base", str(learnt), "--out", str(tmp_path / "run"), *run])
+    train.main(
+        ["--variant", *map(str, flags), "--base", str(learnt), "--out", str(tmp_path / "run"), *run]
+    )
     (before,), (after,) = metrics(tmp_path / "run", "before"), metrics(tmp_path / "run", "after")
-    assert before["accuracy"] != after["accuracy"], "an adapter that changes nothing would compare nothing"
+    assert before["accuracy"] != after["accuracy"], (
+        "an adapter that changes nothing would compare nothing"
+    )
     capsys.readouterr()
     eval.main(["--adapter", str(tmp_path / "run")])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines == [[name, f"{100 * value:.1f}", "%"] for name, value in after["accuracy"].items()]
+    *lines, last = capsys.readouterr().out.splitlines()
+    shares = [[name, f"{100 * value:.1f}", "%"] for name, value in after["accuracy"].items()]
+    assert [line.split() for line in lines] == shares
+    parent = skills.PARENT.get(flags[2])
+    without = f", without {parent}" if parent else ""
+    assert last == f"pre-training families {100 * after['kept']:.1f} % (mean{without})"
 
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     model, tokenizer = load_base(config["base"], config["dtype"])
     load_trained(model, tmp_path / "run")
-    assert accuracies(model, tokenizer, list(after["accuracy"]), 100, config["task"]) == after["accuracy"]
+    assert (
+        accuracies(model, tokenizer, list(after["accuracy"]), 100, config["task"])
+        == after["accuracy"]
+    )
 
 
 def test_scratch_reports_the_accuracy_of_the_folder_that_it_wrote(learnt, capsys):
-    """The weights are written as bfloat16; what is reported is what the file gives, not what the memory gave."""
+    """The weights are written as bfloat16; what is reported is what the file gives, not what the
+    memory gave."""
     (after,) = metrics(learnt.parent, "after")
     capsys.readouterr()
     eval.main(["--base", str(learnt), "--eval_rows", "5"])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines == [[name, f"{100 * value:.1f}", "%"] for name, value in after["accuracy"].items()]
+    *lines, last = capsys.readouterr().out.splitlines()
+    shares = [[name, f"{100 * value:.1f}", "%"] for name, value in after["accuracy"].items()]
+    assert [line.split() for line in lines] == shares
+    assert last == f"pre-training families {100 * after['kept']:.1f} % (mean)"
 
 
 @torch.no_grad()
-def test_a_prompt_is_answered_as_greedy_decoding_by_hand_answers_it(learnt, model_and_tokenizer, capsys):
+def test_a_prompt_is_answered_as_greedy_decoding_by_hand_answers_it(
+    learnt, model_and_tokenizer, capsys
+):
     model, tokenizer = model_and_tokenizer
     for row in (*skills.sample("logic", "test", 3), *skills.sample("mod", "test", 3)):
         eval.main(["--base", str(learnt), "--prompt", row.prompt, "--max_new_tokens", "9"])
-        new, _ = by_hand(model, tokenizer.encode(row.prompt), 9, tokenizer.eos_id)
+        new, _ = greedy_by_hand(model, tokenizer.encode(row.prompt), 9, tokenizer.eos_id)
         assert capsys.readouterr().out == row.prompt + tokenizer.decode(new) + "\n"
 
 
-def test_drawing_depends_on_the_seed_and_beams_find_a_likelier_answer(learnt, model_and_tokenizer, capsys):
-    """Temperature: same seed, same text. Beams: log-probability of the answer at least that of the greedy one."""
+def test_drawing_depends_on_the_seed_and_beams_find_a_likelier_answer(
+    learnt, model_and_tokenizer, capsys
+):
+    """Temperature: same seed, same text. Beams: log-probability of the answer at least that of the
+    greedy one."""
     model, tokenizer = model_and_tokenizer
     row = skills.sample("mod", "test", 1)[0]
 
@@ -170,7 +229,9 @@ def test_drawing_depends_on_the_seed_and_beams_find_a_likelier_answer(learnt, mo
 
     drawn = [answer("--temperature", "2", "--seed", seed) for seed in "3345"]
     assert drawn[0] == drawn[1] and len(set(drawn)) > 1
-    assert answer("--temperature", "2", "--top_p", "0.0001") == answer(), "the likeliest token alone is left to draw"
+    assert answer("--temperature", "2", "--top_p", "0.0001") == answer(), (
+        "the likeliest token alone is left to draw"
+    )
     prompt = tokenizer.encode(row.prompt)
     (beams,) = model.generate([prompt], 6, num_beams=4)
     assert answer("--num_beams", "4") == row.prompt + tokenizer.decode(beams) + "\n"
@@ -179,16 +240,33 @@ def test_drawing_depends_on_the_seed_and_beams_find_a_likelier_answer(learnt, mo
 @pytest.fixture(scope="module")
 def adapter(learnt, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
-    short = ["--steps", "1", "--batch_size", "4", "--train_rows", "4", "--eval_rows", "1", "--threads", "1"]
+    short = [
+        "--steps",
+        "1",
+        "--batch_size",
+        "4",
+        "--train_rows",
+        "4",
+        "--eval_rows",
+        "1",
+        "--threads",
+        "1",
+    ]
     train.main(["--variant", "perft_s", "--base", str(learnt), "--out", str(folder), *short])
     return folder
 
 
 def test_an_adapter_is_refused_on_another_base_and_the_line_names_both_sides(adapter, tmp_path):
-    """Another size is named with both values; another constant of the config is noticed by its hash."""
+    """Another size is named with both values; another constant of the config is noticed by its
+    hash."""
     wider = make_base(tmp_path / "wider", hidden_size=64)
     code, message = failure("--adapter", adapter, "--base", wider, main=eval.main)
-    assert code == 1 and str(adapter) in message and "hidden_size 32 against 64" in message and "\n" not in message
+    assert (
+        code == 1
+        and str(adapter) in message
+        and "hidden_size 32 against 64" in message
+        and "\n" not in message
+    )
     turned = make_base(tmp_path / "turned", rope_theta=500.0)
     code, message = failure("--adapter", adapter, "--base", turned, main=eval.main)
     assert code == 1 and "another base" in message and "\n" not in message
@@ -209,19 +287,42 @@ def test_every_mistake_is_one_line_with_cause_and_place(adapter, learnt, tmp_pat
     short = make_base(tmp_path / "short", max_position_embeddings=16)
     cases = [
         (1, ["--adapter", tmp_path / "nowhere"], ["nowhere", "no such"]),
-        (1, ["--adapter", copy("begun", "adapter_model.safetensors", "adapter_config.json")], ["adapter_config.json"]),
-        (1, ["--adapter", copy("half", "adapter_model.safetensors")], ["adapter_model.safetensors", "no such file"]),
-        (1, ["--adapter", cut], ["adapter_model.safetensors", "cut off or corrupt"]),
+        (
+            1,
+            ["--adapter", copy("begun", "adapter_model.safetensors", "adapter_config.json")],
+            ["adapter_config.json"],
+        ),
+        (
+            1,
+            ["--adapter", copy("half", "adapter_model.safetensors")],
+            ["adapter_model.safetensors", "no such file"],
+        ),
+        (1, ["--adapter", cut], ["adapter_model.safetensors", "cut off"]),
         (1, ["--base", tmp_path / "nowhere"], ["nowhere", "no such folder"]),
         (1, ["--base", short], ["longer than the model's 16 positions"]),
-        (1, ["--base", learnt, "--prompt", "sort : a", "--max_new_tokens", "500"], ["longer than the model's 64"]),
+        (
+            1,
+            ["--base", learnt, "--prompt", "sort : a", "--max_new_tokens", "500"],
+            ["longer than the model's 64"],
+        ),
         (1, ["--base", learnt, "--prompt", ""], ["prompt"]),
-        (1, ["--base", learnt, "--tasks", "translate", "--eval_rows", "100000"], ["translate", "distinct test rows"]),
-        (1, ["--base", learnt, "--prompt", "x", "--num_beams", "2", "--temperature", "1"], ["beams", "temperature"]),
+        (
+            1,
+            ["--base", learnt, "--tasks", "translate", "--eval_rows", "100000"],
+            ["translate", "distinct test rows"],
+        ),
+        (
+            1,
+            ["--base", learnt, "--prompt", "x", "--num_beams", "2", "--temperature", "1"],
+            ["beams", "temperature"],
+        ),
+        (1, ["--base", learnt, "--prompt", "x", "--num_beams", "700"], ["--num_beams 700", "640"]),
         (2, ["--tasks", "juggle"], ["juggle", "kinship_new"]),
         (2, ["--eval_rows", "0"], ["--eval_rows: 0 is out of range", "at least 1"]),
         (2, ["--dtype", "int8"], ["int8", "float32"]),
-        (2, ["--no_such_flag"], ["--no_such_flag"]),
+        (2, ["--no_such_flag"], ["--no_such_flag", "not understood"]),
+        (2, ["out/perft_s"], ["out/perft_s", "not understood"]),
+        (2, ["--prompt", "x", "--chat", "x"], ["--prompt", "--chat"]),
     ]
     for expected, flags, parts in cases:
         code, message = failure(*flags, main=eval.main)
@@ -233,11 +334,14 @@ def test_every_mistake_is_one_line_with_cause_and_place(adapter, learnt, tmp_pat
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--max_new_tokens", "-3"], ["--num_beams", "0"], ["--temperature", "-1"], ["--device", "banana"],
+        ["--max_new_tokens", "-3"],
+        ["--num_beams", "0"],
+        ["--temperature", "-1"],
+        ["--device", "banana"],
         ["--temperature", "1", "--top_p", "0"],
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_a_value_that_cannot_be_is_told_in_one_line_that_names_it(learnt, capsys, flags):
     code, message = failure("--base", learnt, "--prompt", "sort : a", *flags, main=eval.main)
     message = message or capsys.readouterr().err
@@ -247,16 +351,137 @@ def test_a_value_that_cannot_be_is_told_in_one_line_that_names_it(learnt, capsys
 
 def test_in_a_shell_the_answer_is_all_that_is_printed(learnt):
     """A process of its own, as a user starts it."""
-    command = [sys.executable, "eval.py", "--base", str(learnt), "--prompt", "logic : true and true ->"]
+    command = [
+        sys.executable,
+        "eval.py",
+        "--base",
+        str(learnt),
+        "--prompt",
+        "logic : true and true ->",
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert re.fullmatch(r"logic : true and true -> \w+\n", result.stdout)
 
 
-# The embedded base ---------------------------------------------------------------------------------------------------
+HOSTILE = {
+    "dtype": "float16",
+    "base": 7,
+    "task": ["add"],
+    "template": {"a": 1},
+    "eval_rows": "many",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_settings_of_a_run_that_no_run_writes_are_told_in_one_line(adapter, tmp_path, name):
+    """Its config.json is a file like any other: damaged, or a stranger's."""
+    folder = shutil.copytree(adapter, tmp_path / "run")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {name: HOSTILE[name]}))
+    code, message = failure("--adapter", folder, main=eval.main)
+    assert code == 1 and name in message and "\n" not in message
+    assert str(folder / "config.json") in message
+
+
+def test_a_real_base_is_not_asked_the_skills_of_the_embedded_world(learnt, tmp_path, capsys):
+    """Unless it is told to: "translate 0.0 %" says nothing about it. What decides is whether its
+    tokenizer is the embedded one's."""
+    real = shutil.copytree(learnt, tmp_path / "real")
+    tokenizer = json.loads((real / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (real / "tokenizer.json").write_text(json.dumps(tokenizer))
+    code, message = failure("--base", real, main=eval.main)
+    assert code == 1 and "--tasks" in message and "--prompt" in message and str(real) in message
+    capsys.readouterr()
+    eval.main(["--base", str(real), "--tasks", "logic", "--eval_rows", "5"])
+    assert re.fullmatch(r"logic +\d+\.\d %\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("flags", [[], ["--threads", "2"]])
+def test_the_embedded_model_runs_on_one_thread_unless_told_otherwise(learnt, monkeypatch, flags):
+    """More would wait for each other. Of a real base the number is torch's own choice."""
+    seen = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    eval.main(["--base", str(learnt), "--tasks", "logic", "--eval_rows", "1", *flags])
+    assert seen == [int(flags[1]) if flags else 1]
+    seen.clear()
+    monkeypatch.setattr(eval, "is_embedded", lambda folder: False)
+    eval.main(["--base", str(learnt), "--tasks", "logic", "--eval_rows", "1", *flags])
+    assert seen == ([2] if flags else [])
+
+
+def test_an_adapter_whose_numbers_are_none_is_refused(adapter, tmp_path):
+    model, _ = load_base(json.loads((adapter / "config.json").read_text())["base"])
+    load_trained(model, adapter)
+    model.layers[0].moe.adapters.A.data[0, 0, 0] = float("nan")
+    folder = shutil.copytree(adapter, tmp_path / "run")
+    perft.save_adapter(model, folder)
+    code, message = failure("--adapter", folder, main=eval.main)
+    assert code == 1 and "not finite" in message and "layers.0" in message
+
+
+def test_a_chat_is_put_into_the_form_of_the_rows_that_were_trained_on(learnt, tmp_path, capsys):
+    """What generate is given, against the ids of the form: of messages, of each template, and of a
+    base that nobody trained here."""
+    text = "reverse : a b"
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "b a"}]
+    chat = chat_turns(messages)[0][0]
+    rows = {
+        "chat": [{"messages": messages}] * 4,
+        "papers": [{"instruction": text, "output": "b a"}] * 4,
+        "plain": [{"instruction": text, "output": "b a"}] * 4,
+    }
+    long = shutil.copytree(learnt, tmp_path / "long")
+    config = json.loads((long / "config.json").read_text())
+    (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    model, tokenizer = load_base(long)
+    cases = {"base": (["--base", str(long)], chat)}
+    for name, content in rows.items():
+        (tmp_path / "rows.json").write_text(json.dumps(content))
+        run = tmp_path / name
+        flags = ["--variant", "perft_s", "--base", long, "--data", tmp_path / "rows.json"]
+        flags += ["--held_out", 0, "--steps", 1, "--batch_size", 2, "--out", run, "--threads", 1]
+        flags += ["--lr", 1e-9, *(["--template", name] if name in TEMPLATES else [])]
+        train.main([str(flag) for flag in flags])
+        prompt = chat
+        if name in TEMPLATES:
+            prompt = TEMPLATES[name]({"instruction": text}, evaluation=False)
+        cases[name] = (["--adapter", str(run)], prompt)
+    for flags, prompt in cases.values():
+        ids = tokenizer.encode(prompt)
+        (new,) = model.generate([ids], 7)
+        capsys.readouterr()
+        eval.main([*flags, "--chat", text, "--max_new_tokens", "7"])
+        assert capsys.readouterr().out == tokenizer.decode(ids + new) + "\n"
+    assert len({prompt for _, prompt in cases.values()}) == 3
+
+
+def test_help_of_each_question_shows_its_flags_and_their_defaults(capsys):
+    cases = {
+        (): {"--tasks", "--eval_rows"},
+        ("--prompt", "x"): {"--chat", "--temperature", "--max_new_tokens", "--num_beams"},
+        ("--tasks", "piqa"): {"--method", "--num_beams", "--max_new_tokens", "--template"},
+        ("--tasks", "piqa", "--method", "likelihood"): {"--method", "--choices", "--template"},
+        ("--tasks", "piqa", "--method", "likelihood", "--choices", "texts"): {"--choices"},
+    }
+    everywhere = set().union(*cases.values())
+    for flags, own in cases.items():
+        with pytest.raises(SystemExit):
+            eval.main([*flags, "--help"])
+        shown = set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.M)) & everywhere
+        assert own <= shown
+        if not flags:
+            assert shown == own
+        elif "texts" in flags:
+            assert "--template" not in shown
+
+
+# The embedded base -------------------------------------------------------------------------------
 
 embedded = pytest.mark.skipif(
-    not (TINY / "model.safetensors").is_file(), reason="data/tiny_olmoe has no model.safetensors yet (data/README.md)"
+    not (TINY / "model.safetensors").is_file(),
+    reason="data/tiny_olmoe has no model.safetensors yet (data/README.md)",
 )
 
 
@@ -267,7 +492,8 @@ def base():
 
 @embedded
 def test_the_embedded_base_knows_its_families_and_none_of_the_targets(base):
-    """At least 90 % on at least 6 of the families, under 5 % on each target: there is something to learn."""
+    """At least 90 % on at least 6 of the families, under 5 % on each target: there is something to
+    learn."""
     accuracy = accuracies(*base, [*skills.FAMILIES, *skills.TARGETS], 500)
     good = [name for name in skills.FAMILIES if accuracy[name] >= 0.9]
     assert len(good) >= 6, accuracy
@@ -276,7 +502,8 @@ def test_the_embedded_base_knows_its_families_and_none_of_the_targets(base):
 
 @embedded
 def test_the_embedded_folder_is_small(base):
-    """At most 8 MB in git, 1 to 4 million parameters, at least 16 experts of which a token meets at least 2."""
+    """At most 8 MB in git, 1 to 4 million parameters, at least 16 experts of which a token meets at
+    least 2."""
     model = base[0]
     assert sum(path.stat().st_size for path in TINY.iterdir()) <= 8e6
     assert 1e6 <= sum(p.numel() for p in model.parameters()) <= 4e6
@@ -286,12 +513,16 @@ def test_the_embedded_folder_is_small(base):
 @embedded
 @torch.no_grad()
 def test_transformers_loads_the_embedded_folder_unchanged_and_gives_the_same_logits(base):
-    """AutoModelForCausalLM and AutoTokenizer on the folder, without further arguments: ids, logits, greedy answers."""
+    """AutoModelForCausalLM and AutoTokenizer on the folder, without further arguments: ids, logits,
+    greedy answers."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY).float().eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     model, tokenizer = base
-    assert their_tokenizer.eos_token_id == tokenizer.eos_id and their_tokenizer.pad_token_id == tokenizer.pad_id
+    assert (
+        their_tokenizer.eos_token_id == tokenizer.eos_id
+        and their_tokenizer.pad_token_id == tokenizer.pad_id
+    )
     for name in [*skills.FAMILIES, *skills.TARGETS]:
         row = skills.sample(name, "test", 1)[0]
         ids = tokenizer.encode(row.prompt + row.answer)
@@ -302,7 +533,10 @@ def test_transformers_loads_the_embedded_folder_unchanged_and_gives_the_same_log
     ids = their_tokenizer("sort : d b x a ->", return_tensors="pt")
     new = theirs.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert their_tokenizer.decode(new, skip_special_tokens=True) == " a b d x"
-    assert tokenizer.decode(model.generate([tokenizer.encode("sort : d b x a ->")], 8)[0]) == " a b d x"
+    assert (
+        tokenizer.decode(model.generate([tokenizer.encode("sort : d b x a ->")], 8)[0])
+        == " a b d x"
+    )
 
 
 def divergence(p, q):
@@ -313,13 +547,15 @@ def divergence(p, q):
 @embedded
 @torch.no_grad()
 def test_the_routing_of_the_embedded_base_is_specific_to_the_family_and_balanced_over_all(base):
-    """Usage: the share of a family's choices that fell on each expert. KL(family || mean) above 0.2 nats in some layer
-    for at least 6 families (a draw of so many choices alone gives 0.004), while the mean stays near even: KL below 0.1
-    to it, no expert above three times its share."""
+    """Usage: the share of a family's choices that fell on each expert. KL(family || mean) above 0.2
+    nats in some layer for at least 6 families (a draw of so many choices alone gives 0.004), while
+    the mean stays near even: KL below 0.1 to it, no expert above three times its share."""
     model, tokenizer = base
     E, usage = model.config.num_experts, []
     for name in skills.FAMILIES:
-        rows = [tokenizer.encode(row.prompt + row.answer) for row in skills.sample(name, "test", 60)]
+        rows = [
+            tokenizer.encode(row.prompt + row.answer) for row in skills.sample(name, "test", 60)
+        ]
         counts = torch.zeros(model.config.num_hidden_layers, E, dtype=torch.float64)
         for length in {len(ids) for ids in rows}:  # rows of one length need no padding
             output = model(torch.tensor([ids for ids in rows if len(ids) == length]))
@@ -336,7 +572,8 @@ def test_the_routing_of_the_embedded_base_is_specific_to_the_family_and_balanced
 
 @embedded
 def test_the_default_command_teaches_the_base_its_new_words(tmp_path):
-    """From under 5 % to at least 90 % on kinship_new, in half of its steps, for the time that all would take."""
+    """From under 5 % to at least 90 % on kinship_new, in half of its steps, for the time that all
+    would take."""
     short = ["--steps", "100", "--eval_rows", "100", "--threads", "1"]
     train.main(["--variant", "perft_s", "--out", str(tmp_path), *short])
     (before,), (after,) = metrics(tmp_path, "before"), metrics(tmp_path, "after")
@@ -345,14 +582,19 @@ def test_the_default_command_teaches_the_base_its_new_words(tmp_path):
 
 
 def test_a_row_for_mixtral_is_the_ids_of_its_whole_text_after_the_begin_token():
-    """Its tokenizer puts a space before a text: an answer that is tokenised by itself would get one too many."""
+    """Its tokenizer puts a space before a text: an answer that is tokenised by itself would get one
+    too many."""
     folder = ROOT.parent / "shared" / "tokenizers" / "mixtral"
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: no Mixtral tokenizer here")
     tokenizer = load_tokenizer(folder)
     rows = [row for name in skills.FAMILIES for row in skills.sample(name, "test", 5)]
     for row, (ids, labelled) in zip(rows, encode_rows(rows, tokenizer)):
-        assert ids == [tokenizer.bos_id, *tokenizer.encode(row.prompt + row.answer), tokenizer.eos_id]
+        assert ids == [
+            tokenizer.bos_id,
+            *tokenizer.encode(row.prompt + row.answer),
+            tokenizer.eos_id,
+        ]
         told = [i for i, label in zip(ids, labelled) if label]
         assert tokenizer.decode(ids[:-1]) == row.prompt + row.answer and ids[-len(told) :] == told
         assert tokenizer.decode(ids[: -len(told)]) == row.prompt and told[-1] == tokenizer.eos_id
