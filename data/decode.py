@@ -1,106 +1,186 @@
-"""From logits to text: batched prompts of any lengths, a cache of keys and values; greedy, sampling, beam search.
+"""From logits to text: a cache of keys and values; greedy decoding, sampling and beam search.
 
-Prompts are padded on the left, so that their next tokens share a column; `MoETransformer.generate` is the way in.
-Shapes: B prompts, W beams of each, V vocabulary, T time, S keys in the cache.
+    greedy     the likeliest next token, again and again
+    sampling   a token drawn from softmax(logits / temperature), or from the head of it (top_p)
+    beams      the W likeliest texts, all continued at every step
+
+Prompts of different lengths are padded on the left, so that their next tokens share a column. Two
+prompts of 4 and 2 tokens ("." is padding, which the mask hides):
+
+    the  dog  will  see
+     .    .   once  upon
+
+This file knows no model. What it is handed has a `config`, `check_input` and `norm.weight` (whose
+dtype and device are the cache's), and is called as `MoETransformer` is; `MoETransformer.generate`
+is the way in.
+
+Shapes: B prompts, W beams of each, V vocabulary, T time, S keys in the cache, C channels of a head.
 """
 
-import torch
-import torch.nn.functional as F
+from typing import NamedTuple
 
-from model import KVCache, MoETransformer
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+
+class KVCache:
+    """Keys and values of all layers for tokens already seen: a new token costs one row, not T."""
+
+    def __init__(self, config, batch, length, like):
+        """Room for `length` tokens of `batch` texts, in the dtype and on the device of `like`."""
+        heads = config.num_key_value_heads
+        shape = (config.num_hidden_layers, 2, batch, heads, length, config.head_dim)
+        self.stored = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.used = 0  # tokens that all layers have seen; the model moves it once a forward
+
+    def append(self, layer, k, v):
+        """Store k, v (B, heads, T, C) behind what is there; return all S of the layer."""
+        end = self.used + k.shape[2]
+        self.stored[layer, 0, :, :, self.used : end] = k
+        self.stored[layer, 1, :, :, self.used : end] = v
+        return self.stored[layer, 0, :, :, :end], self.stored[layer, 1, :, :, :end]
+
+    def select(self, rows):
+        """Keep these batch rows, in this order (a beam search follows some and drops others)."""
+        self.stored = self.stored.index_select(2, rows)
 
 
 class Decoder:
-    """Prompts of different lengths, padded on the left so that their next tokens share a column, and their KV cache."""
+    """A batch of prompts, padded on the left, and what the model has computed for them so far."""
 
-    def __init__(self, model: MoETransformer, prompts: list[list[int]], max_new_tokens: int):
-        self.model, longest, device = model, max(map(len, prompts)), model.norm.weight.device
-        model.check_input(torch.tensor([i for p in prompts for i in p]), longest + max_new_tokens)
-        self.ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-        self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * (len(p) + max_new_tokens) for p in prompts])
-        self.mask = self.mask.to(device)  # (B, S), already as long as it will be
-        self.cache = KVCache(model.config, len(prompts), self.mask.shape[1], model.norm.weight)
+    def __init__(self, model, prompts: list[list[int]], max_new_tokens: int):
+        """ValueError for ids that the model does not have, and for more tokens than positions."""
+        ids = padded(prompts)
+        mask = padded([[1] * (len(prompt) + max_new_tokens) for prompt in prompts])
+        model.check_input(ids, mask.shape[1])
 
-    def next_logits(self) -> torch.Tensor:
-        """Feed `ids` (the prompts, later one new token a row) -> logits of the next token (B, V), float32."""
+        like = model.norm.weight
+        self.model = model
+        self.ids = ids.to(like.device)  # (B, T): what the model reads next
+        self.mask = mask.to(like.device)  # (B, S), already as long as it will be
+        self.cache = KVCache(model.config, *mask.shape, like)
+
+    def next_logits(self):
+        """Run `ids` (the prompts, later one token a row) -> logits of the next (B, V), float32."""
         mask = self.mask[:, : self.cache.used + self.ids.shape[1]]
-        return self.model(self.ids, mask, cache=self.cache, last_only=True).logits[:, -1].float()
+        out = self.model(self.ids, mask, cache=self.cache, last_only=True)
+        return out.logits[:, -1].float()
 
     def select(self, rows):
+        """Go on with these rows, in this order; a row may be taken several times."""
         self.mask = self.mask.index_select(0, rows)
         self.cache.select(rows)
 
 
+def padded(rows):
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left")
+
+
+def before_eos(ids, eos_ids):
+    for place, token in enumerate(ids):
+        if token in eos_ids:
+            return ids[:place]
+    return ids
+
+
+# One text a prompt --------------------------------------------------------------------------------
+
+COLDEST = 1e-30  # below, logits / temperature may be infinite; long before, one token has all mass
+
+
 @torch.no_grad()
-def sample(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=None) -> list[list[int]]:
-    """One continuation a prompt, the likeliest token each time (temperature 0) or drawn."""
+def sample(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=None):
+    """A continuation of each prompt: the likeliest tokens (temperature 0), or tokens drawn."""
     decoder = Decoder(model, prompts, max_new_tokens)
-    eos = torch.tensor(model.config.eos_ids, dtype=torch.int64, device=decoder.ids.device)
-    generator = None if seed is None else torch.Generator(decoder.ids.device).manual_seed(seed)
-    done, new = torch.zeros(len(prompts), dtype=torch.bool, device=eos.device), []
+    generator = None  # torch's own
+    if seed is not None:
+        generator = torch.Generator(decoder.ids.device).manual_seed(seed)
+    eos = decoder.ids.new_tensor(model.config.eos_ids)
+    new = decoder.ids[:, :0]
     for _ in range(max_new_tokens):
         logits = decoder.next_logits()
         if temperature == 0:
-            token = logits.argmax(-1)
+            token = logits.argmax(-1, keepdim=True)
         else:
-            probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
-            probs[probs.cumsum(-1) - probs >= top_p] = 0  # mass before this token already reaches top_p
-            token = ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
-        new.append(token)
-        decoder.ids = token[:, None]
-        done |= torch.isin(token, eos)
-        if done.all():
+            token = draw(logits / max(temperature, COLDEST), top_p, generator)
+        decoder.ids = token
+        new = torch.cat((new, token), dim=1)
+        if torch.isin(new, eos).any(dim=1).all():
             break
-    return [before_eos(list(row), model.config.eos_ids) for row in zip(*(t.tolist() for t in new), strict=True)]
+    return [before_eos(row, model.config.eos_ids) for row in new.tolist()]
 
 
-def before_eos(ids: list[int], eos_ids: list[int]) -> list[int]:
-    end = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))
-    return ids[:end]
+def draw(logits, top_p, generator):
+    """Logits (B, V) -> a token a row (B, 1), from the fewest whose probabilities reach top_p."""
+    probs, ids = logits.softmax(-1).sort(descending=True)
+    mass_before = probs.cumsum(-1) - probs
+    tail = mass_before >= top_p
+    tail[:, 0] = False  # however small top_p is, the likeliest may come
+    place = torch.multinomial(probs.masked_fill(tail, 0), 1, generator=generator)
+    return ids.gather(-1, place)
+
+
+# W texts a prompt ---------------------------------------------------------------------------------
+
+
+class Beam(NamedTuple):
+    """One continuation of a prompt."""
+
+    ids: list[int]
+    score: float  # the sum of its tokens' log-probabilities
+    mean: float  # the same, divided by their number
+    row: int  # where in the decoder's batch its last token was foretold
+
+
+def grow(running, logits, length, keep):
+    """The `keep` best of each prompt that are a running beam and one token more, best first.
+
+    running: for each of B prompts its beams, equally many. logits: of their next tokens (B*W, V).
+    """
+    B, W, V = len(running), len(running[0]), logits.shape[-1]
+    so_far = [[beam.score for beam in beams] for beams in running]
+    so_far = torch.tensor(so_far, device=logits.device).view(B * W, 1)
+    scores = so_far + logits.log_softmax(-1)
+    scores, places = scores.view(B, W * V).topk(min(keep, W * V))
+    places, means, scores = places.tolist(), (scores / length).tolist(), scores.tolist()
+    grown = [[] for _ in running]
+    for b, beams in enumerate(running):
+        for place, score, mean in zip(places[b], scores[b], means[b]):
+            w, token = divmod(place, V)
+            grown[b].append(Beam([*beams[w].ids, token], score, mean, row=b * W + w))
+    return grown
 
 
 @torch.no_grad()
-def beam_search(model, prompts, max_new_tokens, num_beams, length_penalty=1.0) -> list[list[int]]:
-    """The best of `num_beams` continuations a prompt, by sum of log-probabilities / length^length_penalty.
+def beam_search(model, prompts, max_new_tokens, num_beams):
+    """The best of W continuations a prompt, by the mean log-probability of its tokens.
 
-    transformers' rules, token for token (early_stopping=False): a step keeps the best 2W candidates; those among the
-    best W that end are finished; the best W that do not end go on; a prompt is done when its best running beam, at its
-    present length, scores below its worst finished one.
+    transformers' rules, token for token (early_stopping=False, length_penalty=1): a step keeps the
+    best 2W candidates; those among the best W that end are finished; the best W that do not end go
+    on; a prompt is done when its best running beam is worse than its worst finished one.
     """
-    B, W, V = len(prompts), num_beams, model.config.vocab_size
     decoder = Decoder(model, prompts, max_new_tokens)
-    device, eos = decoder.ids.device, torch.tensor(model.config.eos_ids, dtype=torch.int64, device=decoder.ids.device)
-    keep = max(2, 1 + len(eos)) * W  # so many that W remain even if every end token shows up behind every beam
-    first_row = torch.arange(B, device=device)[:, None] * W  # (B, 1)
-    running = torch.zeros(B, W, 0, dtype=torch.int64, device=device)
-    scores = torch.full((B, W), -1e9, device=device)
-    scores[:, 0] = 0  # all beams start equal: let only one of them branch at the first step
-    best = torch.zeros(B, W, max_new_tokens, dtype=torch.int64, device=device)  # finished, padded with eos
-    best_scores = torch.full((B, W), -1e9, device=device)
-    hopeful = torch.ones(B, 1, dtype=torch.bool, device=device)
+    eos_ids = model.config.eos_ids
+    W = num_beams
+    keep = max(2, 1 + len(eos_ids)) * W  # so W go on even if every beam's best tokens are ends
+    start = Beam([], 0.0, 0.0, 0)  # of each prompt one empty beam, which will branch
+    running = [[start] for _ in prompts]
+    finished = [[] for _ in prompts]  # at most W of each, best first
+    hopeful = [True for _ in prompts]  # may a running beam still win?
+
     for length in range(1, max_new_tokens + 1):
-        logits = decoder.next_logits()
-        if length == 1:  # the prompt was run once; from here on W rows a prompt
-            decoder.select(torch.arange(B, device=device).repeat_interleave(W))
-            logits = logits.repeat_interleave(W, dim=0)
-        total = (logits.log_softmax(-1).view(B, W, V) + scores[:, :, None]).view(B, W * V)
-        total, candidate = total.topk(keep)  # (B, keep)
-        beam, token = candidate // V, candidate % V
-        grown = torch.cat((running.gather(1, beam[..., None].expand(-1, -1, length - 1)), token[..., None]), dim=-1)
-        ended = torch.isin(token, eos) | (length == max_new_tokens)
-
-        scores, chosen = (total - 1e9 * ended).topk(W)
-        running = grown.gather(1, chosen[..., None].expand(-1, -1, length))
-        decoder.ids = running[:, :, -1].reshape(B * W, 1)
-        decoder.select((first_row + beam.gather(1, chosen)).flatten())
-
-        finished = ended & hopeful
-        finished[:, W:] = False
-        new_scores = total / length**length_penalty - 1e9 * ~finished
-        padded = F.pad(grown, (0, max_new_tokens - length), value=model.config.eos_ids[0] if len(eos) else 0)
-        best_scores, chosen = torch.cat((best_scores, new_scores), dim=1).topk(W)
-        best = torch.cat((best, padded), dim=1).gather(1, chosen[..., None].expand(-1, -1, max_new_tokens))
-        hopeful = hopeful & (scores[:, :1] / length**length_penalty > best_scores[:, -1:])
-        if ended.all() or not hopeful.any():
+        is_last = length == max_new_tokens
+        grown = grow(running, decoder.next_logits(), length, keep)
+        for b, candidates in enumerate(grown):
+            running[b] = [beam for beam in candidates if beam.ids[-1] not in eos_ids][:W]
+            if hopeful[b]:
+                ended = [beam for beam in candidates[:W] if is_last or beam.ids[-1] in eos_ids]
+                finished[b] = sorted(finished[b] + ended, key=lambda beam: -beam.mean)[:W]
+                is_full = len(finished[b]) == W
+                hopeful[b] = not is_full or running[b][0].mean > finished[b][-1].mean
+        if not any(hopeful):
             break
-    return [before_eos(row, model.config.eos_ids) for row in best[:, 0].tolist()]
+        beams = sum(running, [])
+        decoder.select(decoder.ids.new_tensor([beam.row for beam in beams]))
+        decoder.ids = decoder.ids.new_tensor([beam.ids[-1:] for beam in beams])
+    return [before_eos(beams[0].ids, eos_ids) for beams in finished]

@@ -1,65 +1,75 @@
-"""The embedded world: twelve small skills a 2.8 M parameter MoE can learn on one CPU core, and four it has never seen.
+"""The embedded world: twelve small skills a 2.8 M parameter MoE can learn on one CPU core, and four
+it has never seen.
 
-Fine-tuning is only worth reading about if there is a pre-trained model to fine-tune. This file generates the text of a
-world small enough to be learnt from scratch in about an hour, and varied enough that the router has something to route:
-every family has its own keyword, words and rule, so experts can specialise. A row is a prompt and an answer, here with
-a bar between them:
+Fine-tuning is only worth reading about if there is a pre-trained model to fine-tune. This file
+generates the text of a world small enough to be learnt from scratch in about an hour, and varied
+enough that the router has something to route: every family has its own keyword, words and rule, so
+experts can specialise. A row is a prompt and an answer, here with a bar between them:
 
-    reverse : c a t s ->| s t a c                                             letters backwards
-    sort : d b x a ->| a b d x                                                letters in order
-    cipher : c a p ->| h k e                                                  one fixed letter map
-    rotate : zelo haku vivi ->| haku vivi zelo                                the first word goes last
+    reverse : c a t s ->| s t a c                              letters backwards
+    sort : d b x a ->| a b d x                                 letters in order
+    cipher : c a p ->| h k e                                   one fixed letter map
+    rotate : zelo haku vivi ->| haku vivi zelo                 the first word goes last
     kinship : lea is the sister of gus . gus is the father of tom . lea is to tom the| aunt
     height : ann is taller than bob . cid is shorter than bob . who is tallest ?| ann
     day : ann came on tue , bob 3 days after , cid 2 days before . when came bob ?| fri
-    logic : not ( true and false ) or false ->| true                          and, or, not, brackets
-    add : 47 + 85 ->| 231                                                     132 with its ones digit first
-    mod 7 : 3 + 5 + 6 ->| 10                                                  the running sum: 1, then 0
-    translate : the dog will see the cow ->| mihu vori zokeva                 subject, object, verb with its tense
-    quiz : which is a fruit ? axe , fig , cow ->| fig                         a table of some eighty facts
+    logic : not ( true and false ) or false ->| true           and, or, not, brackets
+    add : 47 + 85 ->| 231                                      132 with its ones digit first
+    mod 7 : 3 + 5 + 6 ->| 10                                   the running sum: 1, then 0
+    translate : the dog will see the cow ->| mihu vori zokeva  subject, object, verb with its tense
+    quiz : which is a fruit ? axe , fig , cow ->| fig          a table of some eighty facts
 
-What a symbol is. Words, letters and punctuation stand between single spaces and each is one token, digits are one token
-each (`lexicon_text` is what the tokenizer learns that from). Only the invented language is finer: its words are two
-syllables and two tokens, ` ka` + `vo`, and a verb carries its tense as a third. A prompt never ends in a space and an
-answer begins with exactly one; the tokenizer cuts text before spaces, so tokenising a prompt and its answer apart gives
-the tokens of the whole. A row has 9 to 25 tokens, its answer 1 to 8.
+What a symbol is. Words, letters and punctuation stand between single spaces and each is one token,
+digits are one token each (`lexicon_text` is what the tokenizer learns that from). Only the invented
+language is finer: its words are two syllables and two tokens, ` ka` + `vo`, and a verb carries its
+tense as a third. A prompt never ends in a space and an answer begins with exactly one; the
+tokenizer cuts text before spaces, so tokenising a prompt and its answer apart gives the tokens of
+the whole. A row has 9 to 25 tokens, its answer 1 to 8.
 
-What is posed so that a small model can do it. Sums are answered ones digit first, because then each carry is known when
-it is needed; modular sums show every intermediate value, because then each is one look-up; multiple choice is answered
-with the word, because the number of an option is one more thing to compute.
+What is posed so that a small model can do it. Sums are answered ones digit first, because then each
+carry is known when it is needed; modular sums show every intermediate value, because then each is
+one look-up; multiple choice is answered with the word, because the number of an option is one more
+thing to compute.
 
-The split. A row is a test row if and only if crc32(prompt) % 8 == 0. No list is kept: the rule decides for every prompt
-of every family, whatever the seed. Training never draws that eighth, so test accuracy measures what generalises. The
-smallest families, translate and logic, have 4,752 and 9,216 prompts; the others 10,000 or more.
+The split. A row is a test row if and only if crc32(prompt) % 8 == 0. No list is kept: the rule
+decides for every prompt of every family, whatever the seed. Training never draws that eighth, so
+test accuracy measures what generalises. The smallest families, translate and logic, have 4,752 and
+9,216 prompts; the others 10,000 or more.
 
-What is held out. Four targets each change one table of a family and are never shown in pre-training:
+What is held out. Four targets each change one table of a family and are never shown in
+pre-training:
 
-    kinship_new   (the default) the relations stay, their names become invented words: new words for known concepts
-    lexicon_new   the grammar of translate stays, every noun, verb and tense ending is another: a new vocabulary
-    order_new     the words of translate stay, the verb comes before the object, and a negation last: a new grammar
+    kinship_new   (the default) the relations stay, their names become invented words: new words for
+                  known concepts
+    lexicon_new   the grammar of translate stays, every noun, verb and tense ending is another: a
+                  new vocabulary
+    order_new     the words of translate stay, the verb comes before the object, and a negation
+                  last: a new grammar
     cipher_new    the letter map is another one, at every letter: a new string map
 
-Their prompts are the family's prompts (order_new also says "not"). So the pre-trained model understands the question,
-answers it in its old words, and scores 0; and a model that has learnt a target must have overwritten the family it
-varies. Forgetting is therefore measured on the other eleven. New words are made of the syllables, hence of the tokens,
-that pre-training used, in pairs that no pre-training row contains.
-
-Standard library only; the report below also needs tokenizer.py.
+Their prompts are the family's prompts (order_new also says "not"). So the pre-trained model
+understands the question, answers it in its old words, and scores 0; and a model that has learnt a
+target must have overwritten the family it varies. Forgetting is therefore measured on the other
+eleven. New words are made of the syllables, hence of the tokens, that pre-training used, in pairs
+that no pre-training row contains.
 
     python data/skills.py FOLDER   write its tokenizer into a model folder
-    python data/skills.py          three rows of everything, how large each family is, and how long in tokens
+    python data/skills.py          three rows of everything
 """
 
 import json
 import random
 import sys
-import tempfile
 import zlib
-from collections import Counter
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, this folder is on it
+
+from data import run  # noqa: E402
+from data.tokenizer import train_bpe  # noqa: E402
 
 
 class Row(NamedTuple):
@@ -69,8 +79,17 @@ class Row(NamedTuple):
     choices: tuple[str, ...] = ()  # for multiple choice: the possible answers, each with its space
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tables: every fact of this world
+# The tables: every fact of this world -------------------------------------------------------------
+
+
+def _table(text):
+    """Lines of "key: some words" -> {key: [words]}."""
+    table = {}
+    for line in text.strip().splitlines():
+        key, words = line.split(": ")
+        table[key.strip()] = words.split()
+    return table
+
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MEN = "bob cid dan gus hal ivo ned tom".split()
@@ -78,75 +97,89 @@ WOMEN = "ann eva ida lea mia pam una zoe".split()
 NAMES = MEN + WOMEN
 DAYS = "mon tue wed thu fri sat sun".split()
 
-# Relations are (his word, her word). A is STEP[i] of B, B is STEP[j] of C, then A is to C the COMPOSED[i, j].
-# Siblings share both parents and parents are married: that makes every composition one word.
-STEP = {"parent": ("father", "mother"), "sibling": ("brother", "sister"), "child": ("son", "daughter")}
-COMPOSED = {
-    ("parent", "parent"): ("grandpa", "grandma"),
-    ("parent", "sibling"): ("father", "mother"),
-    ("parent", "child"): ("husband", "wife"),  # the other parent of the same child
-    ("sibling", "parent"): ("uncle", "aunt"),
-    ("sibling", "sibling"): ("brother", "sister"),
-    ("sibling", "child"): ("son", "daughter"),
-    ("child", "parent"): ("brother", "sister"),
-    ("child", "sibling"): ("nephew", "niece"),
-    ("child", "child"): ("grandson", "granddaughter"),
-}
+# Relations are his word, her word. A is STEP[i] of B, B is STEP[j] of C, then A is to C the
+# COMPOSED[i j]. Siblings share both parents and parents are married: that makes every composition
+# one word. ("parent child" is the other parent of the same child.)
+STEP = _table("""
+    parent: father mother
+    sibling: brother sister
+    child: son daughter
+""")
+COMPOSED = _table("""
+    parent parent: grandpa grandma
+    parent sibling: father mother
+    parent child: husband wife
+    sibling parent: uncle aunt
+    sibling sibling: brother sister
+    sibling child: son daughter
+    child parent: brother sister
+    child sibling: nephew niece
+    child child: grandson granddaughter
+""")
 RELATIONS = sorted({word for pair in COMPOSED.values() for word in pair})  # 16 words
 
 NOUNS = "dog cat cow pig hen fox king cook monk boy girl nurse".split()
 VERBS = "see hear help find call push pull like fear miss feed hit".split()
 TENSES = "did does will".split()
 
-KIND = {  # which is a fruit ?
-    "beast": "dog cat cow pig hen fox".split(),
-    "fruit": "fig plum pear lime date".split(),
-    "tool": "saw axe hoe rake pen".split(),
-    "metal": "tin iron gold zinc lead".split(),
-    "drink": "tea milk ale wine cola".split(),
-    "tree": "oak elm ash yew fir".split(),
-    "garment": "hat cap sock boot coat".split(),
-    "color": "red blue gray pink tan white green".split(),
-}
-PLACE = {  # where is the cow ?
-    "farm": "dog cat cow pig hen".split(),
-    "wood": "fox oak elm ash yew fir".split(),
-    "shed": "saw axe hoe rake".split(),
-    "mine": "tin iron gold zinc lead".split(),
-    "shop": "hat cap sock boot coat".split(),
-}
-COLOR = {  # what color is milk ?
-    "red": ["wine", "fox"],
-    "blue": ["plum"],
-    "gray": ["iron", "zinc", "lead"],
-    "pink": ["pig", "fig"],
-    "tan": ["tea", "oak", "ale"],
-    "white": ["milk", "hen"],
-    "green": ["lime", "pear", "fir"],
-}
+KIND = _table("""
+    beast: dog cat cow pig hen fox
+    fruit: fig plum pear lime date
+    tool: saw axe hoe rake pen
+    metal: tin iron gold zinc lead
+    drink: tea milk ale wine cola
+    tree: oak elm ash yew fir
+    garment: hat cap sock boot coat
+    color: red blue gray pink tan white green
+""")
+PLACE = _table("""
+    farm: dog cat cow pig hen
+    wood: fox oak elm ash yew fir
+    shed: saw axe hoe rake
+    mine: tin iron gold zinc lead
+    shop: hat cap sock boot coat
+""")
+COLOR = _table("""
+    red: wine fox
+    blue: plum
+    gray: iron zinc lead
+    pink: pig fig
+    tan: tea oak ale
+    white: milk hen
+    green: lime pear fir
+""")
+QUIZ = [
+    (KIND, "which is a {value} ?"),
+    (PLACE, "where is the {thing} ?"),
+    (COLOR, "what color is {thing} ?"),
+]
+THINGS = [thing for things in KIND.values() for thing in things]
 
-# The invented language. A word is two of sixteen syllables: 256 words, shuffled once and dealt out, so that the words
-# of one list never appear in another. The sixteen kinship words begin with sixteen different syllables.
+# The invented language. A word is two of sixteen syllables: 256 words, shuffled once and dealt out,
+# so that the words of one list never appear in another. The sixteen kinship words begin with
+# sixteen different syllables.
 SYLLABLES = "ka ke ku va vo vi zu ze zo mi mu lo le ha hu ri".split()
-_deal = random.Random(7)  # the deal is part of the world: changing this number changes the language
-KIN_WORDS = [first + second for first, second in zip(SYLLABLES, _deal.sample(SYLLABLES, 16), strict=True)]
-_pool = sorted({first + second for first in SYLLABLES for second in SYLLABLES} - set(KIN_WORDS))
+_deal = random.Random(7)  # the deal is part of the world: another number makes another language
+_ends = _deal.sample(SYLLABLES, 16)
+KIN_WORDS = [first + second for first, second in zip(SYLLABLES, _ends)]
+_pool = {first + second for first in SYLLABLES for second in SYLLABLES}
+_pool = sorted(_pool - set(KIN_WORDS))
 _deal.shuffle(_pool)
-_endings = _deal.sample(SYLLABLES, 6)
+_tenses = _deal.sample(SYLLABLES, 6)
 ENGLISH = NOUNS + VERBS + TENSES  # a tense is one syllable, put on the end of the verb
-LEXICON = dict(zip(ENGLISH, _pool[:24] + _endings[:3], strict=True))  # of translate and order_new
-LEXICON_NEW = dict(zip(ENGLISH, _pool[24:48] + _endings[3:], strict=True))
+LEXICON = dict(zip(ENGLISH, _pool[:24] + _tenses[:3]))  # of translate and order_new
+LEXICON_NEW = dict(zip(ENGLISH, _pool[24:48] + _tenses[3:]))
 FREE_WORDS = _pool[48:]  # the words of rotate: they mean nothing
-KIN_NEW = dict(zip(RELATIONS, KIN_WORDS, strict=True))
+KIN_NEW = dict(zip(RELATIONS, KIN_WORDS))
 NEGATION = "mu"  # of order_new: a word of one syllable, which no other list has
 
-CIPHER_LETTERS = "abcdefghijklmnop"  # sixteen letters: few enough for a rank-16 adapter to learn another map
-CIPHER = dict(zip(CIPHER_LETTERS, "kfhacnojdmlgpibe", strict=True))
-CIPHER_NEW = dict(zip(CIPHER_LETTERS, "gdoblimepcahfknj", strict=True))
+# Sixteen letters: few enough for a rank-16 adapter to learn another map.
+CIPHER_LETTERS = "abcdefghijklmnop"
+CIPHER = dict(zip(CIPHER_LETTERS, "kfhacnojdmlgpibe"))
+CIPHER_NEW = dict(zip(CIPHER_LETTERS, "gdoblimepcahfknj"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The families: rng -> (prompt, answer) or (prompt, answer, choices)
+# The families: rng -> (prompt, answer) or (prompt, answer, choices) -------------------------------
 
 
 def _spelled(symbols):
@@ -177,20 +210,23 @@ def rotate(rng):
 def kinship(rng, words=None):
     """Two statements, one conclusion; `words` renames the relation in the answer only."""
     a, b, c = rng.sample(NAMES, 3)
-    first, second = rng.choice(list(COMPOSED))
+    steps = rng.choice(list(COMPOSED))
+    first, second = steps.split()
     a_to_b = STEP[first][a in WOMEN]  # 0 is his word, 1 is hers
     b_to_c = STEP[second][b in WOMEN]
-    a_to_c = COMPOSED[first, second][a in WOMEN]
-    prompt = f"kinship : {a} is the {a_to_b} of {b} . {b} is the {b_to_c} of {c} . {a} is to {c} the"
-    return prompt, " " + (words[a_to_c] if words else a_to_c)
+    a_to_c = COMPOSED[steps][a in WOMEN]
+    facts = f"{a} is the {a_to_b} of {b} . {b} is the {b_to_c} of {c} ."
+    relation = a_to_c if words is None else words[a_to_c]
+    return f"kinship : {facts} {a} is to {c} the", " " + relation
 
 
 def height(rng):
-    """Three or four people, each compared with the next in a hidden order; the comparisons come shuffled."""
+    """Three or four people, each compared with the next in a hidden order; shuffled."""
     people = rng.sample(NAMES, rng.randint(3, 4))  # tallest first
     facts = []
     for tall, short in pairwise(people):
-        facts.append(rng.choice([f"{tall} is taller than {short} .", f"{short} is shorter than {tall} ."]))
+        same_fact = [f"{tall} is taller than {short} .", f"{short} is shorter than {tall} ."]
+        facts.append(rng.choice(same_fact))
     rng.shuffle(facts)
     asked, who = rng.choice([("tallest", people[0]), ("shortest", people[-1])])
     return f"height : {' '.join(facts)} who is {asked} ?", " " + who
@@ -200,95 +236,113 @@ def day(rng):
     """Two people arrive so many days before or after a third; one of the two is asked for."""
     start = rng.randrange(7)
     anchor, *others = rng.sample(NAMES, 3)
-    sentence, arrival = f"{anchor} came on {DAYS[start]}", {}
+    sentence = f"{anchor} came on {DAYS[start]}"
+    arrival = {}
     for who in others:
         shift, word = rng.randint(2, 6), rng.choice(["after", "before"])
         sentence += f" , {who} {shift} days {word}"
-        arrival[who] = DAYS[(start + (shift if word == "after" else -shift)) % 7]
+        end = start + shift if word == "after" else start - shift
+        arrival[who] = DAYS[end % 7]
     who = rng.choice(others)
     return f"day : {sentence} . when came {who} ?", " " + arrival[who]
+
+
+def _joined(rng, left, right):
+    """Two propositions and their values -> (left and right) or (left or right), and its value."""
+    (left_text, x), (right_text, y) = left, right
+    operator, value = rng.choice([("and", x and y), ("or", x or y)])
+    return f"{left_text} {operator} {right_text}", value
 
 
 def _clause(rng, brackets):
     """A random proposition and its value: true, not false, ( not true or false ), not ( ... )."""
     if brackets:
-        (left, x), (right, y) = _clause(rng, False), _clause(rng, False)
-        operator, value = rng.choice([("and", x and y), ("or", x or y)])
-        text = f"( {left} {operator} {right} )"
+        text, value = _joined(rng, _clause(rng, False), _clause(rng, False))
+        text = f"( {text} )"
     else:
         text, value = rng.choice([("true", True), ("false", False)])
-    return (f"not {text}", not value) if rng.random() < 0.4 else (text, value)
+    if rng.random() < 0.4:
+        return f"not {text}", not value
+    return text, value
 
 
 def logic(rng):
-    wanted, value = rng.random() < 0.5, None  # redrawn until it fits: half of the answers are true
+    """Two clauses, one or both in brackets; redrawn until it fits: half of the answers are true."""
+    wanted, value = rng.random() < 0.5, None
     while value is not wanted:
-        shape = rng.choice([(True, True), (True, False), (False, True)])
-        (left, x), (right, y) = (_clause(rng, brackets) for brackets in shape)
-        operator, value = rng.choice([("and", x and y), ("or", x or y)])
-    return f"logic : {left} {operator} {right} ->", f" {value}".lower()
+        left, right = rng.choice([(True, True), (True, False), (False, True)])
+        text, value = _joined(rng, _clause(rng, left), _clause(rng, right))
+    return f"logic : {text} ->", " true" if value else " false"
 
 
 def add(rng):
-    """Two digits each, three digits of sum, ones first: at every digit the carry is already decided."""
+    """Two digits each, three of the sum, ones first: at every digit the carry is already known."""
     x, y = rng.randrange(100), rng.randrange(100)
-    return f"add : {x:02d} + {y:02d} ->", " " + f"{x + y:03d}"[::-1]
+    total = f"{x + y:03d}"
+    return f"add : {x:02d} + {y:02d} ->", " " + total[::-1]
 
 
 def mod(rng):
     """The answer shows the sum after every further term: n terms, n - 1 digits."""
     modulus = rng.choice([5, 7])
     terms = [rng.randrange(modulus) for _ in range(rng.randint(3, 5))]
-    sums = [sum(terms[: i + 1]) % modulus for i in range(1, len(terms))]
-    return f"mod {modulus} : {' + '.join(map(str, terms))} ->", " " + "".join(map(str, sums))
+    sums = [str(total % modulus) for total in accumulate(terms)]
+    asked = " + ".join(str(term) for term in terms)
+    return f"mod {modulus} : {asked} ->", " " + "".join(sums[1:])
 
 
 def translate(rng, lexicon=LEXICON, order="sov", negation=None):
-    """Subject, tense, verb, object into an invented language that puts the verb last and the tense on its end."""
+    """Subject, tense, verb, object into a language whose verb comes last, the tense on its end."""
     subject, thing = rng.sample(NOUNS, 2)
     verb, tense = rng.choice(VERBS), rng.choice(TENSES)
-    negated = negation is not None and rng.random() < 0.5
     said = {"s": lexicon[subject], "o": lexicon[thing], "v": lexicon[verb] + lexicon[tense]}
-    prompt = f"translate : the {subject} {tense}{' not' if negated else ''} {verb} the {thing} ->"
-    return prompt, _spelled([said[role] for role in order] + [negation] * negated)
+    answer = [said[role] for role in order]
+    if negation is not None and rng.random() < 0.5:
+        answer.append(negation)
+        tense = f"{tense} not"
+    return f"translate : the {subject} {tense} {verb} the {thing} ->", _spelled(answer)
 
 
 def quiz(rng):
-    """Three choices, one of them right; wrong ones are drawn from the answers to other questions of the same sort."""
-    table = rng.choices([KIND, PLACE, COLOR], weights=[3, 1, 1])[0]
+    """Three choices, one of them right; wrong ones are answers to other questions of its sort."""
+    table, form = rng.choices(QUIZ, weights=[3, 1, 1])[0]
     value = rng.choice(list(table))
     thing = rng.choice(table[value])
+    question = form.format(value=value, thing=thing)
     if table is KIND:
-        right, question = thing, f"which is a {value} ?"
-        wrong = [other for kind, others in KIND.items() if kind != value for other in others]
+        right = thing
+        wrong = [other for other in THINGS if other not in KIND[value]]
     else:
-        right, question = value, f"where is the {thing} ?" if table is PLACE else f"what color is {thing} ?"
+        right = value
         wrong = [other for other in table if other != value]
     choices = [right, *rng.sample(wrong, 2)]
     rng.shuffle(choices)
-    return f"quiz : {question} {' , '.join(choices)} ->", " " + right, tuple(" " + choice for choice in choices)
+    asked = f"quiz : {question} {' , '.join(choices)} ->"
+    return asked, " " + right, tuple(" " + choice for choice in choices)
 
 
-FAMILIES = {
-    maker.__name__: maker
-    for maker in (reverse, sort, cipher, rotate, kinship, height, day, logic, add, mod, translate, quiz)
-}
+MAKERS = [reverse, sort, cipher, rotate, kinship, height, day, logic, add, mod, translate, quiz]
+FAMILIES = {maker.__name__: maker for maker in MAKERS}
 TARGETS = {
     "kinship_new": partial(kinship, words=KIN_NEW),
     "lexicon_new": partial(translate, lexicon=LEXICON_NEW),
     "order_new": partial(translate, order="svo", negation=NEGATION),
     "cipher_new": partial(cipher, key=CIPHER_NEW),
 }
-PARENT = {"kinship_new": "kinship", "lexicon_new": "translate", "order_new": "translate", "cipher_new": "cipher"}
+PARENT = {
+    "kinship_new": "kinship",
+    "lexicon_new": "translate",
+    "order_new": "translate",
+    "cipher_new": "cipher",
+}
 DEFAULT_TARGET = "kinship_new"
 
-# Share of each family among pre-training rows (out of the sum): the harder ones are seen more often.
-SHARES = {"reverse": 1, "sort": 1, "cipher": 1, "rotate": 1, "kinship": 1, "height": 3}
-SHARES |= {"day": 3, "logic": 2, "add": 3, "mod": 3, "translate": 1, "quiz": 2}
+# Share of each family among pre-training rows (out of the sum): the harder ones are seen more.
+SHARES = dict.fromkeys(FAMILIES, 1)
+SHARES |= {"height": 3, "day": 3, "logic": 2, "add": 3, "mod": 3, "quiz": 2}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing rows
+# Drawing rows -------------------------------------------------------------------------------------
 
 
 def is_test(prompt):
@@ -305,15 +359,18 @@ def _draw(name, rng, split):
 
 
 def sample(name, split, n, seed=0):
-    """n rows of one family or target. Training rows may repeat, as they would in a corpus; test rows are distinct."""
+    """n rows of one family or target: training rows may repeat, as they would in a corpus; test
+    rows are distinct."""
     if name not in FAMILIES and name not in TARGETS:
         raise ValueError(f"no skill {name!r}; there are {', '.join([*FAMILIES, *TARGETS])}")
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}, must be 'train' or 'test'")
-    rng = random.Random(f"{name} {split} {seed}")  # seeding by text is the same on every machine and version
+    # Seeding by text is the same on every machine and version.
+    rng = random.Random(f"{name} {split} {seed}")
     if split == "train":
         return [_draw(name, rng, split) for _ in range(n)]
-    rows, stale = {}, 0  # by prompt, in the order drawn
+    rows = {}  # by prompt, in the order drawn
+    stale = 0
     while len(rows) < n:
         row = _draw(name, rng, split)
         stale = stale + 1 if row.prompt in rows else 0
@@ -335,64 +392,70 @@ def correct(generated, row):
     return generated.strip() == row.answer.strip()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# For the tokenizer
+# For the tokenizer --------------------------------------------------------------------------------
 
 
 def words():
-    """Every symbol of the pre-training world but numbers and invented words, in alphabetical order."""
-    invented = {*FREE_WORDS, *(LEXICON[word] for word in NOUNS)}
+    """Every symbol of the pre-training world but numbers and invented words, in alphabetical
+    order."""
+    invented = {*FREE_WORDS, *(LEXICON[noun] for noun in NOUNS)}
     invented |= {LEXICON[verb] + LEXICON[tense] for verb in VERBS for tense in TENSES}
-    symbols = {symbol for row in mixture(5000, 0) for symbol in (row.prompt + row.answer).split()}
+    symbols = set()
+    for row in mixture(5000, 0):
+        symbols.update((row.prompt + row.answer).split())
     return sorted(symbol for symbol in symbols - invented if not symbol.isdigit())
 
 
 def lexicon_text():
-    """The texts a BPE is learnt from: it ends with one token a symbol and one a syllable, and nothing longer.
+    """The texts a BPE is learnt from: it ends with one token a symbol and one a syllable, and
+    nothing longer.
 
-    A token holds the space before it, so symbols are listed after a space; the keywords, which begin a row, without.
-    Syllables come first in frequency, to win against chance pairs of English letters, and come singly, ` ka` to begin
-    a word and `ka` to go on: a word that was one token in pre-training would be of no use in the new words of a target.
-    With the 256 bytes and two special tokens that is a little less than 640, where no pair is left to merge.
+    A token holds the space before it, so symbols are listed after a space; the keywords, which
+    begin a row, without. Syllables come first in frequency, to win against chance pairs of English
+    letters, and come singly, ` ka` to begin a word and `ka` to go on: a word that was one token in
+    pre-training would be of no use in the new words of a target. With the 256 bytes and two special
+    tokens that is a little less than 640, where no pair is left to merge.
     """
     syllables = [*SYLLABLES, *(" " + syllable for syllable in SYLLABLES)]
-    return syllables * 100 + [*FAMILIES, _spelled(word for word in words() if word not in FAMILIES)] * 2
+    others = _spelled(word for word in words() if word not in FAMILIES)
+    return syllables * 100 + [*FAMILIES, others] * 2
 
 
 def write_tokenizer(folder):
-    """Learn the world's tokenizer and write it as transformers expects it: tokenizer.json, tokenizer_config.json."""
-    from data.checkpoint import write_text  # needed here only: the rest of this file is the standard library alone
-    from data.tokenizer import train_bpe
+    """Learn the world's tokenizer and write it as transformers expects it: tokenizer.json,
+    tokenizer_config.json."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 512,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|padding|>",
+        "bos_token": None,
+        "unk_token": None,
+    }
+    files = {
+        "tokenizer.json": train_bpe(lexicon_text(), 640),
+        "tokenizer_config.json": config,
+    }
+    for name, content in files.items():
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        run.write_text(Path(folder, name), text + "\n")
 
-    names = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>", "bos_token": None, "unk_token": None}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names}
-    for name, content in (("tokenizer", train_bpe(lexicon_text(), 640)), ("tokenizer_config", config)):
-        write_text(Path(folder, f"{name}.json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+# The command --------------------------------------------------------------------------------------
 
 
-def report():
-    from data.tokenizer import load_tokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
+@run.command
+def main():
+    parser = run.Parser(description="The embedded world: three rows of everything.")
+    parser.add_argument("folder", nargs="?", help="write its tokenizer into this model folder")
+    folder = parser.parse_args().folder
+    if folder:
         write_tokenizer(folder)
-        tokenizer = load_tokenizer(folder)
-    print(f"{len(FAMILIES)} families and {len(TARGETS)} held-out targets, told with {len(words())} words and signs,")
-    print(f"{len(SYLLABLES)} syllables and ten digits: a vocabulary of {tokenizer.vocab_size} tokens")
+        return
     for name in [*FAMILIES, *TARGETS]:
-        rows = sample(name, "train", 20_000)
-        lengths = [len(tokenizer.encode(row.prompt + row.answer)) for row in rows]
-        commonest, times = Counter(row.answer for row in rows).most_common(1)[0]
-        share = f"{SHARES[name] / sum(SHARES.values()):.0%} of pre-training" if name in SHARES else "held out"
-        print(f"\n{name}: {share}; {len({row.prompt for row in rows}):,} distinct prompts in {len(rows):,} rows;")
-        print(f"    {sum(lengths) / len(lengths):.1f} tokens a row, at most {max(lengths)}; ", end="")
-        print(f"to answer always{commonest} scores {times / len(rows):.1%}")
         for row in sample(name, "test", 3):
-            print(f"    {row.prompt}|{row.answer}")
+            print(f"{name:12} {row.prompt}|{row.answer}")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is on it instead
-    try:
-        report() if len(sys.argv) == 1 else write_tokenizer(sys.argv[1])
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    main()

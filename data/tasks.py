@@ -1,14 +1,17 @@
 """The papers' fourteen benchmark sets: how a row becomes a prompt, and when a response is right.
 
-A row of the LLM-Adapters files (github.com/AGI-Edgerunners/LLM-Adapters, arXiv 2304.01933), which PERFT trains and
-evaluates on, is {"instruction", "input", "output", "answer"}: the choices stand inside the instruction, and the answer
-is a word (`ending3`, `true`, `B`) or a number. The same templates render training rows and test rows.
+A row of the LLM-Adapters files (github.com/AGI-Edgerunners/LLM-Adapters, arXiv 2304.01933), which
+PERFT trains and evaluates on, is {"instruction", "input", "output", "answer"}: the choices stand
+inside the instruction, and the answer is a word (`ending3`, `true`, `B`) or a number. The same
+templates render training rows and test rows.
 
-    papers   the authors' prompt byte for byte, with the 16 spaces of indentation and the trailing spaces that its
-             source code put there. The evaluation text differs from the training text in its blanks: that is theirs.
+    papers   the authors' prompt byte for byte, with the 16 spaces of indentation and the trailing
+             spaces that its source code put there. The evaluation text differs from the training
+             text in its blanks: that is theirs.
     plain    the instruction, an empty line, the output
-    chat     messages of {"role", "content"} as "<|user|>", newline, content, newline, "<|assistant|>", newline, answer,
-             end token: the form that OLMoE's instruction-tuned models were trained on
+    chat     messages of {"role", "content"} as "<|user|>", newline, content, newline,
+             "<|assistant|>", newline, answer, end token: the form that OLMoE's instruction-tuned
+             models were trained on
 
 When is a response right? RULES, by name; both are the papers':
 
@@ -18,46 +21,68 @@ When is a response right? RULES, by name; both are the papers':
 
 and one of ours for AQuA, which eval.py reports beside the papers' and under its own name:
 
-    stated   the last letter behind "answer is" or "answer:", else the last one in parentheses, else the last alone
+    stated   the last letter behind "answer is" or "answer:", else the last one in parentheses, else
+             the last alone
 
     python data/tasks.py boolq         the prompts of a task on a made-up row
 """
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, this folder is on it
+
+from data import run  # noqa: E402
+
+# Templates ----------------------------------------------------------------------------------------
 
 INDENT = " " * 16
-INTRO = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
+INTRO = (
+    "Below is an instruction that describes a task{}. "
+    "Write a response that appropriately completes the request."
+)
 WITH_INPUT = ", paired with an input that provides further context"
-SEED = "the correct answer is"  # a commonsense response begins so in training; in evaluation it is given
+SEED = "the correct answer is"  # how a commonsense response begins; in evaluation it is given
 RESPONSE = "### Response:"
 
 
-def papers(row: dict, evaluation: bool) -> str:
+def papers(row, evaluation):
     """The authors' prompt up to where the output begins."""
-    blank = "" if evaluation else INDENT
     has_input = bool(row.get("input"))
-    trailing = (0 if has_input else 1) + (0 if evaluation else 1)
-    lines = [INTRO.format(WITH_INPUT if has_input else "") + " " * trailing, ""]
-    lines += [f"{INDENT}### Instruction:", INDENT + row["instruction"], blank]
-    lines += [f"{INDENT}### Input:", INDENT + row["input"], blank] if has_input else []
-    return "\n".join([*lines, INDENT + RESPONSE, INDENT])
+    intro = INTRO.format(WITH_INPUT if has_input else "")
+    if not has_input:
+        intro += " "
+    if not evaluation:
+        intro += " "
+    blank = "" if evaluation else INDENT
+    lines = [intro, "", f"{INDENT}### Instruction:", INDENT + row["instruction"], blank]
+    if has_input:
+        lines += [f"{INDENT}### Input:", INDENT + row["input"], blank]
+    lines += [INDENT + RESPONSE, INDENT]
+    return "\n".join(lines)
 
 
-def plain(row: dict, evaluation: bool) -> str:
-    return "\n\n".join([row["instruction"], *([row["input"]] if row.get("input") else []), ""])
+def plain(row, evaluation):
+    parts = [row["instruction"]]
+    if row.get("input"):
+        parts.append(row["input"])
+    return "\n\n".join([*parts, ""])
 
 
 TEMPLATES = {"papers": papers, "plain": plain}
 
 
-def chat_turns(messages: list[dict]) -> list[tuple[str, str]]:
-    """[{"role": "system", "user" or "assistant", "content"}] -> [(prompt, answer)], a pair for each assistant message.
+def chat_turns(messages: list[dict]) -> list:
+    """Messages {"role": "system", "user" or "assistant", "content"} -> (prompt, answer) of each
+    that is the assistant's.
 
     What follows the last answer is left out. The caller puts an end token behind each answer.
     """
-    turns, prompt = [], ""
+    turns = []
+    prompt = ""
     for message in messages:
         if message["role"] == "assistant":
             turns.append((f"{prompt}<|assistant|>\n", message["content"]))
@@ -67,25 +92,33 @@ def chat_turns(messages: list[dict]) -> list[tuple[str, str]]:
     return turns
 
 
-# Rules: response -> what it answers, "" where nothing is found --------------------------------------------------------
+# Rules: response -> what it answers, "" where nothing is found ------------------------------------
 
 
-def first_word(words: tuple[str, ...], response: str) -> str:
+def first_word(words, response):
     found = re.search("|".join(words), response)
     return found[0] if found else ""
 
 
-def last_number(words, response: str) -> str:
-    found = re.findall(r"-?\d+\.?\d*", response.replace(",", ""))
+def last_number(words, response):
+    return last(r"-?\d+\.?\d*", response.replace(",", ""))
+
+
+def last(pattern, text):
+    found = re.findall(pattern, text)
     return found[-1] if found else ""
 
 
-def stated_letter(words, response: str) -> str:
-    """"(?i:...)" is for the words alone: the letter is a capital. A lone A before a small word is an article."""
-    for pattern in (r"(?i:answer\s*(?:is)?\s*:?)\s*\(?([A-E])\b", r"\(([A-E])\)", r"\b(A(?! [a-z])|[B-E])\b"):
-        if found := re.findall(pattern, response):
-            return found[-1]
-    return ""
+STATED = [  # "(?i:...)" is for the words alone: the letter is a capital
+    r"(?i:answer\s*(?:is)?\s*:?)\s*\(?([A-E])\b",
+    r"\(([A-E])\)",
+    r"\b(A(?! [a-z])|[B-E])\b",  # a lone A before a small word is an article
+]
+
+
+def stated_letter(words, response):
+    letters = [last(pattern, response) for pattern in STATED]
+    return next(filter(None, letters), "")
 
 
 RULES = {"word": first_word, "number": last_number, "letter": first_word, "stated": stated_letter}
@@ -97,10 +130,14 @@ class Task:
 
     name: str
     rows: int  # in its test file
-    words: tuple[str, ...]  # what it can answer; none: a number
-    rule: str
-    group: str = "commonsense"
+    words: Sequence[str] = ()  # what it can answer; none: a number
+    rule: str = "number"
     other_rule: str | None = None  # reported beside the papers' rule
+    cloze_form: str = "Question: {}\nAnswer:"
+
+    @property
+    def group(self) -> str:
+        return "commonsense" if self.rule == "word" else "math"
 
     @property
     def max_new_tokens(self) -> int:
@@ -115,89 +152,100 @@ class Task:
         return self.render_prompt(row, template) + row["output"]
 
     def render_eval(self, row: dict, template: str = "papers") -> str:
-        """What the model continues. A commonsense answer has its first words given, without a space behind them."""
-        return TEMPLATES[template](row, evaluation=True) + (SEED if self.group == "commonsense" else "")
+        """What the model continues. A commonsense answer has its first words given, without a space
+        behind them."""
+        prompt = TEMPLATES[template](row, evaluation=True)
+        return prompt + SEED if self.group == "commonsense" else prompt
 
     def answer(self, response: str, rule: str | None = None) -> str:
-        """What a response answers ("" for nothing). Only text behind the last "### Response:" counts."""
-        return RULES[rule or self.rule](self.words, response.rsplit(RESPONSE)[-1])
+        """What a response answers ("" for nothing); text behind its last "### Response:" counts."""
+        find = RULES[rule or self.rule]
+        return find(self.words, response.rsplit(RESPONSE)[-1])
 
     def correct(self, response: str, row: dict, rule: str | None = None) -> bool:
         found = self.answer(response, rule)
         if self.words or not found:
             return found == row["answer"]
-        return abs(float(found) - float(str(row["answer"]).replace(",", ""))) <= 0.001
+        gold = str(row["answer"]).replace(",", "")
+        return abs(float(found) - float(gold)) <= 0.001
 
-    # Scoring by likelihood: which choice does the model find most likely? ----------------------------------------
+    # Scoring by likelihood: which choice does the model find most likely?
 
     def choices(self, row: dict) -> list[str]:
-        """The answer words that this row offers: those of its "Answer format: answer1/answer2/...". ValueError if none.
+        """The answer words that this row offers: those of its "Answer format: answer1/answer2/...".
 
-        Arithmetic rows and AQuA, whose letter stands behind a rationale, have no choices to score.
+        ValueError if none: arithmetic rows and AQuA, whose letter stands behind a rationale, have
+        no choices to score.
         """
-        offered = row["instruction"].rpartition("Answer format:")[2].strip().split("/")
+        _, _, last = row["instruction"].rpartition("Answer format:")
+        offered = last.strip().split("/")
         if self.group != "commonsense" or not set(offered) <= set(self.words):
-            raise ValueError(f"{self.name} has no choices to score by likelihood in {row['instruction'][-60:]!r}")
+            raise ValueError(f"{self.name} has no choices to score by likelihood")
         return offered
 
-    def cloze(self, row: dict) -> list[tuple[str, str]]:
-        """(context, text) of every choice: the question alone, continued by the choice's own text instead of its word.
+    def cloze(self, row: dict) -> list:
+        """(context, text) of every choice: the question alone, continued by the choice's own text
+        instead of its word.
 
-        The forms of lm-evaluation-harness (v0.4), as far as these rows allow: its BoolQ shows a passage, which they do
-        not have. Winogrande is its partial scoring: the choice fills the blank, the rest of the sentence is scored.
+        The forms of lm-evaluation-harness (v0.4), as far as these rows allow: its BoolQ shows a
+        passage, which they do not have. Winogrande is its partial scoring: the choice fills the
+        blank, the rest of the sentence is scored.
         """
-        words, kind = self.choices(row), self.words[0].rstrip("1").capitalize()
-        body = row["instruction"].rpartition("Answer format:")[0]
-        question, *texts = (part.strip() for part in re.split(rf"(?<!\w){kind}\d:", body))
-        question = question.partition("question: " if self.name == "boolq" else ": ")[2].strip()
+        words = self.choices(row)
+        body, _, _ = row["instruction"].rpartition("Answer format:")
+        label = self.words[0].rstrip("1").capitalize()  # "Solution1: ... Solution2: ..."
+        asked, *texts = [part.strip() for part in re.split(rf"(?<!\w){label}\d:", body)]
+        _, _, question = asked.partition("question: " if self.name == "boolq" else ": ")
+        context = self.cloze_form.format(question.strip())
         if self.name == "boolq":
-            return [(f"Question: {question}\nAnswer:", text) for text in ("yes", "no")]
+            return [(context, "yes"), (context, "no")]
         if len(texts) != len(words):
-            raise ValueError(f"{self.name}: {len(texts)} choices where {len(words)} are offered: {body[-60:]!r}")
+            raise ValueError(f"{self.name}: {len(texts)} choices where {len(words)} are offered")
         if self.name == "winogrande":
-            before, _, after = question.partition("_")
+            before, _, after = context.partition("_")
             return [(before + text, after.strip()) for text in texts]
-        forms = {"hellaswag": "{}", "openbookqa": "{}", "social_i_qa": "Q: {}\nA:"}
-        context = forms.get(self.name, "Question: {}\nAnswer:").format(question)
         return [(context, text) for text in texts]
 
 
-def numbered(word: str, n: int) -> tuple[str, ...]:
-    return tuple(f"{word}{i}" for i in range(1, n + 1))
+# The table ----------------------------------------------------------------------------------------
 
 
-TASKS = {
-    t.name: t
-    for t in (
-        Task("boolq", 3270, ("true", "false"), "word"),
-        Task("piqa", 1838, numbered("solution", 2), "word"),
-        Task("social_i_qa", 1954, numbered("answer", 5), "word"),  # 3 are offered; the authors look for 5
-        Task("hellaswag", 10042, numbered("ending", 4), "word"),
-        Task("winogrande", 1267, numbered("option", 2), "word"),
-        Task("ARC-Easy", 2376, numbered("answer", 5), "word"),
-        Task("ARC-Challenge", 1172, numbered("answer", 5), "word"),
-        Task("openbookqa", 500, numbered("answer", 5), "word"),
-        Task("MultiArith", 600, (), "number", "math"),
-        Task("gsm8k", 1319, (), "number", "math"),
-        Task("AddSub", 395, (), "number", "math"),
-        Task("AQuA", 254, tuple("ABCDE"), "letter", "math", other_rule="stated"),
-        Task("SingleEq", 508, (), "number", "math"),
-        Task("SVAMP", 1000, (), "number", "math"),
-    )
+ANSWERS = "answer1 answer2 answer3 answer4 answer5".split()
+COMMONSENSE = [
+    Task("boolq", 3270, "true false".split(), "word"),
+    Task("piqa", 1838, "solution1 solution2".split(), "word"),
+    # 3 are offered; the authors look for 5.
+    Task("social_i_qa", 1954, ANSWERS, "word", cloze_form="Q: {}\nA:"),
+    Task("hellaswag", 10042, "ending1 ending2 ending3 ending4".split(), "word", cloze_form="{}"),
+    Task("winogrande", 1267, "option1 option2".split(), "word", cloze_form="{}"),
+    Task("ARC-Easy", 2376, ANSWERS, "word"),
+    Task("ARC-Challenge", 1172, ANSWERS, "word"),
+    Task("openbookqa", 500, ANSWERS, "word", cloze_form="{}"),
+]
+MATH = [
+    Task("MultiArith", 600),
+    Task("gsm8k", 1319),
+    Task("AddSub", 395),
+    Task("AQuA", 254, "A B C D E".split(), "letter", other_rule="stated"),
+    Task("SingleEq", 508),
+    Task("SVAMP", 1000),
+]
+TASKS = {task.name: task for task in COMMONSENSE + MATH}
+GROUPS = {
+    "commonsense": [task.name for task in COMMONSENSE],
+    "math": [task.name for task in MATH],
 }
-GROUPS = {group: [t.name for t in TASKS.values() if t.group == group] for group in ("commonsense", "math")}
 
 
+@run.command
 def main():
-    name = sys.argv[1] if len(sys.argv) > 1 else "boolq"
-    if name not in TASKS:
-        sys.exit(f"error: no task {name!r}; choose from {', '.join(TASKS)}")
-    this = TASKS[name]
-    row = {"instruction": "THE INSTRUCTION", "input": "", "output": f"{SEED} {(this.words or ('42',))[0]}"}
-    for title, text in (("training", this.render_train(row)), ("evaluation", this.render_eval(row))):
-        print(f"--- {title}: spaces as dots")
-        print(text.replace(" ", "·"))
-    print(f"--- at most {this.max_new_tokens} new tokens; rule {this.rule}: {this.words or 'a number'}")
+    parser = run.Parser(description="The prompts of a test set, on a made-up row, spaces as dots.")
+    parser.add_argument("task", nargs="?", default="boolq", choices=TASKS, help="a test set")
+    task = TASKS[parser.parse_args().task]
+    row = {"instruction": "THE INSTRUCTION", "output": "THE OUTPUT"}
+    print(task.render_train(row).replace(" ", "·"))
+    print("--- and in evaluation:")
+    print(task.render_eval(row).replace(" ", "·"))
 
 
 if __name__ == "__main__":

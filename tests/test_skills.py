@@ -1,4 +1,5 @@
-"""The embedded world is what it says: every answer is worked out a second time, by other means than the generator's."""
+"""The embedded world is what it says: every answer is worked out a second time, by other means than
+the generator's."""
 
 import json
 import random
@@ -13,12 +14,27 @@ from pathlib import Path
 import pytest
 
 from data import skills
-from data.skills import FAMILIES, SHARES, TARGETS, Row, correct, lexicon_text, mixture, sample, words
+from data.skills import (
+    FAMILIES,
+    SHARES,
+    TARGETS,
+    Row,
+    correct,
+    lexicon_text,
+    mixture,
+    sample,
+    words,
+)
 from data.tokenizer import load_tokenizer, train_bpe
 
 EVERYTHING = [*FAMILIES, *TARGETS]
 WORLD = 2627219703  # the checksum of the world that data/tiny_olmoe was trained on
-PARENT = {"kinship_new": "kinship", "lexicon_new": "translate", "order_new": "translate", "cipher_new": "cipher"}
+PARENT = {
+    "kinship_new": "kinship",
+    "lexicon_new": "translate",
+    "order_new": "translate",
+    "cipher_new": "cipher",
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +50,7 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(folder)
 
 
-# ------------------------------------------------------------------------------------------------------------ drawing
+# Drawing ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
@@ -42,25 +58,40 @@ def test_a_seed_decides_the_rows(name):
     for split in ("train", "test"):
         assert sample(name, split, 50, seed=1) == sample(name, split, 50, seed=1)
         assert sample(name, split, 50, seed=1) != sample(name, split, 50, seed=2)
-        assert sample(name, split, 50, seed=1) == sample(name, split, 80, seed=1)[:50], "more rows only add rows"
+        assert sample(name, split, 50, seed=1) == sample(name, split, 80, seed=1)[:50], (
+            "more rows only add rows"
+        )
 
 
 def test_the_world_is_the_same_in_every_process():
     """Python salts the hash of a text anew in each process; the world must not depend on it."""
-    command = "from data import skills; print(skills.LEXICON, skills.mixture(30, 5), skills.sample('quiz', 'test', 5))"
+    told = "skills.LEXICON, skills.mixture(30, 5), skills.sample('quiz', 'test', 5)"
+    command = f"from data import skills; print({told})"
     root = Path(__file__).parent.parent
     told = [
-        subprocess.run([sys.executable, "-c", command], cwd=root, env={"PYTHONHASHSEED": salt}, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-c", command],
+            cwd=root,
+            env={"PYTHONHASHSEED": salt},
+            capture_output=True,
+        )
         for salt in "12"
     ]
     assert told[0].stdout == told[1].stdout and told[0].stdout, told[0].stderr
 
 
 def test_the_world_stays_as_it_was_when_the_base_model_was_trained():
-    """Another deal of the invented words, or another map, would make the trained model wrong without a word."""
-    tables = repr((skills.LEXICON, skills.LEXICON_NEW, skills.KIN_NEW, skills.CIPHER, skills.CIPHER_NEW))
-    everything = tables + repr([sample(name, split, 20) for name in EVERYTHING for split in ("train", "test")])
-    assert zlib.crc32(everything.encode()) == WORLD, "the world has changed: train data/tiny_olmoe again, then this sum"
+    """Another deal of the invented words, or another map, would make the trained model wrong
+    without a word."""
+    tables = repr(
+        (skills.LEXICON, skills.LEXICON_NEW, skills.KIN_NEW, skills.CIPHER, skills.CIPHER_NEW)
+    )
+    everything = tables + repr(
+        [sample(name, split, 20) for name in EVERYTHING for split in ("train", "test")]
+    )
+    assert zlib.crc32(everything.encode()) == WORLD, (
+        "the world has changed: train data/tiny_olmoe again, then this sum"
+    )
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
@@ -87,13 +118,15 @@ def test_the_mixture_is_training_rows_of_all_families_in_their_shares():
     counts = Counter(row.family for row in drawn)
     assert set(counts) == set(FAMILIES) == set(SHARES)
     for name, share in SHARES.items():
-        expected = 11_000 * share / sum(SHARES.values())  # 500 to 1,500, with a standard deviation of at most 36
+        expected = (
+            11_000 * share / sum(SHARES.values())
+        )  # 500 to 1,500, with a standard deviation of at most 36
         assert abs(counts[name] - expected) < 180, name
     assert not any(skills.is_test(row.prompt) for row in drawn)
     assert mixture(50, seed=3) == mixture(50, seed=3) != mixture(50, seed=4)
 
 
-# ---------------------------------------------------------------------------------------------------- shape of the rows
+# Shape of the rows --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
@@ -126,10 +159,15 @@ def test_a_family_is_large_and_no_answer_dominates(name):
 def test_correct_is_an_exact_match_up_to_outer_spaces():
     row = Row("sort", "sort : b a ->", " a b")
     assert correct(" a b", row) and correct("a b\n", row)
-    assert not correct(" a", row) and not correct(" a b c", row) and not correct(" ab", row) and not correct("", row)
+    assert (
+        not correct(" a", row)
+        and not correct(" a b c", row)
+        and not correct(" ab", row)
+        and not correct("", row)
+    )
 
 
-# ---------------------------------------------------------------------------------------------- answers, a second time
+# Answers, a second time ---------------------------------------------------------------------------
 
 
 def body(row):
@@ -150,14 +188,19 @@ def test_reverse_sort_and_rotate(rows):
 
 @pytest.mark.parametrize("name", ["cipher", "cipher_new"])
 def test_a_cipher_is_one_fixed_map_one_to_one(name, rows):
-    seen = {(a, b) for row in rows[name] for a, b in zip(body(row).split(), row.answer.split(), strict=True)}
+    seen = {
+        (a, b)
+        for row in rows[name]
+        for a, b in zip(body(row).split(), row.answer.split(), strict=True)
+    }
     assert len(seen) == len({a for a, _ in seen}) == len({b for _, b in seen}) == 16
     assert all(a != b for a, b in seen)
 
 
 class Family:
-    """A household in which every relation has an instance: grandparents, their three children, of whom two are
-    married, and their grandchildren. Relations are read off who is the child of whom."""
+    """A household in which every relation has an instance: grandparents, their three children, of
+    whom two are married, and their grandchildren. Relations are read off who is the child of
+    whom."""
 
     children_of = {  # couple (man, woman) -> children; capital letters are men
         ("A", "b"): ["C", "D", "e", "f"],
@@ -184,7 +227,11 @@ class Family:
             ({x, y} in [set(couple) for couple in self.children_of], "husband", "wife"),
             (x in above_y, "grandpa", "grandma"),
             (y in above_x, "grandson", "granddaughter"),
-            (parents(x) == above_y - parents(x) or (parents(x) and parents(x) <= above_y), "uncle", "aunt"),
+            (
+                parents(x) == above_y - parents(x) or (parents(x) and parents(x) <= above_y),
+                "uncle",
+                "aunt",
+            ),
             (parents(y) and parents(y) <= above_x, "nephew", "niece"),
         ]:
             if holds:
@@ -203,7 +250,9 @@ def conclusions():
     return found
 
 
-KINSHIP = re.compile(r"kinship : (\w+) is the (\w+) of (\w+) \. (\w+) is the (\w+) of (\w+) \. (\w+) is to (\w+) the")
+KINSHIP = re.compile(
+    r"kinship : (\w+) is the (\w+) of (\w+) \. (\w+) is the (\w+) of (\w+) \. (\w+) is to (\w+) the"
+)
 
 
 def test_kinship_holds_in_a_household(rows, conclusions):
@@ -278,9 +327,13 @@ def test_a_translation_can_be_translated_back(name, rows):
         else:
             subject, thing, verb = said
         verb, tense = verb[:-2], verb[-2:]
-        back = f"the {english[subject]} {english[tense]}{negated} {english[verb]} the {english[thing]}"
+        back = (
+            f"the {english[subject]} {english[tense]}{negated} {english[verb]} the {english[thing]}"
+        )
         assert back == body(row)
-    assert {" not " in row.prompt for row in rows[name]} == ({True, False} if name == "order_new" else {False})
+    assert {" not " in row.prompt for row in rows[name]} == (
+        {True, False} if name == "order_new" else {False}
+    )
 
 
 def test_quiz_has_one_right_choice(rows):
@@ -299,14 +352,18 @@ def test_quiz_has_one_right_choice(rows):
         if question.startswith("which"):
             right = [option for option in options if kind[option] == subject]
         else:
-            right = [option for option in options if option == (place if question[2] == "e" else color)[subject]]
+            right = [
+                option
+                for option in options
+                if option == (place if question[2] == "e" else color)[subject]
+            ]
         assert right == [row.answer.strip()]
         asked[options.index(right[0])] += 1
     assert min(asked.values()) > 0.28 * sum(asked.values()), "the right choice stands anywhere"
     assert not any(row.choices for name in EVERYTHING for row in rows[name] if name != "quiz")
 
 
-# ----------------------------------------------------------------------------------------------------- what is held out
+# What is held out ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -330,15 +387,21 @@ def test_the_model_before_fine_tuning_scores_nothing(name):
 def test_new_words_are_never_seen_in_pre_training():
     new = set(skills.KIN_NEW.values()) | {skills.NEGATION}
     new |= {skills.LEXICON_NEW[word] for word in skills.NOUNS + skills.VERBS}
-    new |= {skills.LEXICON_NEW[verb] + skills.LEXICON_NEW[tense] for verb in skills.VERBS for tense in skills.TENSES}
+    new |= {
+        skills.LEXICON_NEW[verb] + skills.LEXICON_NEW[tense]
+        for verb in skills.VERBS
+        for tense in skills.TENSES
+    }
     assert len(new) == 16 + 1 + 24 + 36
-    seen = {symbol for row in mixture(30_000, seed=9) for symbol in (row.prompt + row.answer).split()}
+    seen = {
+        symbol for row in mixture(30_000, seed=9) for symbol in (row.prompt + row.answer).split()
+    }
     assert not new & seen
     stems = {symbol[:4] for symbol in seen if symbol.isalpha()}
     assert not {word for word in new if len(word) == 4} & stems, "nor under a tense"
 
 
-# -------------------------------------------------------------------------------------------------------- the tokenizer
+# The tokenizer ------------------------------------------------------------------------------------
 
 
 def test_a_symbol_is_a_token_and_a_syllable_is_a_token(tokenizer):
@@ -352,7 +415,9 @@ def test_a_symbol_is_a_token_and_a_syllable_is_a_token(tokenizer):
     for lexicon in (skills.LEXICON, skills.LEXICON_NEW):
         for verb in skills.VERBS:
             parts = [" " + lexicon[verb][:2], lexicon[verb][2:], lexicon["will"]]
-            assert tokenizer.encode("".join(parts)) == [i for part in parts for i in tokenizer.encode(part)]
+            assert tokenizer.encode("".join(parts)) == [
+                i for part in parts for i in tokenizer.encode(part)
+            ]
 
 
 def test_targets_use_only_tokens_that_pre_training_uses(tokenizer):

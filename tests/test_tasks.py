@@ -1,7 +1,8 @@
-"""data/tasks.py asks as the papers ask, byte for byte, and finds in a response what their rules find.
+"""data/tasks.py asks as the papers ask, byte for byte, and finds in a response what their rules
+find.
 
-The prompts are written out here a second time, without a template. The rows are those of the real files where these
-stand beside the repository (../shared/data), and made up elsewhere.
+The prompts are written out here a second time, without a template. The rows are those of the real
+files where these stand beside the repository (../shared/data), and made up elsewhere.
 """
 
 import json
@@ -16,9 +17,20 @@ from data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not here: ../shared/data")
+shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the real rows are not here: ../shared/data"
+)
 S = " " * 16
-COMMONSENSE = ["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"]
+COMMONSENSE = [
+    "boolq",
+    "piqa",
+    "social_i_qa",
+    "hellaswag",
+    "winogrande",
+    "ARC-Easy",
+    "ARC-Challenge",
+    "openbookqa",
+]
 MATH = ["MultiArith", "gsm8k", "AddSub", "AQuA", "SingleEq", "SVAMP"]
 
 
@@ -26,49 +38,84 @@ def rows_of(file):
     return json.loads((SHARED / file).read_text(encoding="utf-8"))
 
 
-# Prompts ------------------------------------------------------------------------------------------------------------
+# Prompts ------------------------------------------------------------------------------------------
 
 
 def test_there_are_the_papers_fourteen_sets_in_two_groups():
-    assert GROUPS == {"commonsense": COMMONSENSE, "math": MATH} and list(TASKS) == COMMONSENSE + MATH
+    assert GROUPS == {"commonsense": COMMONSENSE, "math": MATH}
+    assert list(TASKS) == COMMONSENSE + MATH
 
 
 @pytest.mark.parametrize("name", COMMONSENSE + MATH)
 def test_the_papers_training_text_is_theirs_byte_for_byte(name):
     row = {"instruction": "What is it?\nSay:  a  b ", "input": "", "output": "the answer\nis 7"}
     without = (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "  \n\n" + S + "### Instruction:\n" + S + "What is it?\nSay:  a  b \n" + S + "\n" + S + "### Response:\n" + S
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.  \n"
+        "\n"
+        f"{S}### Instruction:\n"
+        f"{S}What is it?\n"
+        "Say:  a  b \n"
+        f"{S}\n"
+        f"{S}### Response:\n"
+        f"{S}"
     )
     assert TASKS[name].render_prompt(row) == without
     assert TASKS[name].render_train(row) == without + "the answer\nis 7"
     del row["input"]
-    assert TASKS[name].render_train(row) == without + "the answer\nis 7", "a missing input is an empty one"
+    trained = TASKS[name].render_train(row)
+    assert trained == without + "the answer\nis 7", "a missing input is an empty one"
     with_input = (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Below is an instruction that describes a task, "
+        "paired with an input that provides further context. "
         "Write a response that appropriately completes the request. \n"
-        "\n" + S + "### Instruction:\n" + S + "What is it?\nSay:  a  b \n" + S + "\n"
-        + S + "### Input:\n" + S + "x\ny\n" + S + "\n" + S + "### Response:\n" + S + "the answer\nis 7"
-    )  # fmt: skip
+        "\n"
+        f"{S}### Instruction:\n"
+        f"{S}What is it?\n"
+        "Say:  a  b \n"
+        f"{S}\n"
+        f"{S}### Input:\n"
+        f"{S}x\n"
+        "y\n"
+        f"{S}\n"
+        f"{S}### Response:\n"
+        f"{S}the answer\n"
+        "is 7"
+    )
     assert TASKS[name].render_train(row | {"input": "x\ny"}) == with_input
 
 
 @pytest.mark.parametrize("name", COMMONSENSE + MATH)
 def test_the_papers_evaluation_text_is_theirs_byte_for_byte(name):
-    """One space behind the first line, none with an input; empty lines are empty; the seed has no space behind it."""
+    """One space behind the first line, none with an input; empty lines are empty; the seed has no
+    space behind it."""
     row = {"instruction": "What is it?", "input": "", "output": "not shown", "answer": "not shown"}
     last = S + "the correct answer is" if name in COMMONSENSE else S
     without = (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n"
-        "\n" + S + "### Instruction:\n" + S + "What is it?\n\n" + S + "### Response:\n" + last
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request. \n"
+        "\n"
+        f"{S}### Instruction:\n"
+        f"{S}What is it?\n"
+        "\n"
+        f"{S}### Response:\n"
+        f"{last}"
     )
     assert TASKS[name].render_eval(row) == without
     with_input = (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Below is an instruction that describes a task, "
+        "paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n"
-        "\n" + S + "### Instruction:\n" + S + "What is it?\n\n" + S + "### Input:\n" + S + "x y\n\n" + S
-        + "### Response:\n" + last
-    )  # fmt: skip
+        "\n"
+        f"{S}### Instruction:\n"
+        f"{S}What is it?\n"
+        "\n"
+        f"{S}### Input:\n"
+        f"{S}x y\n"
+        "\n"
+        f"{S}### Response:\n"
+        f"{last}"
+    )
     assert TASKS[name].render_eval(row | {"input": "x y"}) == with_input
 
 
@@ -91,7 +138,7 @@ def test_new_tokens_are_limited_as_in_the_papers():
     assert [TASKS[name].max_new_tokens for name in (*COMMONSENSE, *MATH)] == [4] * 8 + [256] * 6
 
 
-# Chat ---------------------------------------------------------------------------------------------------------------
+# Chat ---------------------------------------------------------------------------------------------
 
 CHATS = {
     "one turn": ([("user", "hi"), ("assistant", "hello")], "<|user|>\nhi\n<|assistant|>\nhelloEND"),
@@ -120,11 +167,13 @@ CHATS = {
 
 @pytest.mark.parametrize("name", CHATS)
 def test_chat_turns_put_together_are_the_chat_as_written_out(name):
-    """The end token behind each answer is written END. An answer is exactly what the assistant says."""
+    """The end token behind each answer is written END. An answer is what the assistant says."""
     messages, text = CHATS[name]
     turns = chat_turns([{"role": role, "content": content} for role, content in messages])
     assert "".join(f"{prompt}{answer}END" for prompt, answer in turns) == text
-    assert [answer for _, answer in turns] == [content for role, content in messages if role == "assistant"]
+    assert [answer for _, answer in turns] == [
+        content for role, content in messages if role == "assistant"
+    ]
 
 
 def test_token_ids_of_a_chat_decode_to_the_chat():
@@ -135,7 +184,7 @@ def test_token_ids_of_a_chat_decode_to_the_chat():
     assert tokenizer.decode(example.ids, skip_special=False) == text.replace("END", end)
 
 
-# Rules --------------------------------------------------------------------------------------------------------------
+# Rules --------------------------------------------------------------------------------------------
 
 WORD = [  # (task, response, what it answers)
     ("boolq", " true", "true"),
@@ -223,7 +272,9 @@ def test_the_last_number_counts_without_commas(name, response, answer):
     assert TASKS[name].answer(response) == answer
     if answer:
         assert TASKS[name].correct(response, {"answer": str(float(answer))})
-        assert TASKS[name].correct(response, {"answer": f"{float(answer):,}"}), "a gold answer may have commas too"
+        assert TASKS[name].correct(response, {"answer": f"{float(answer):,}"}), (
+            "a gold answer may have commas too"
+        )
         assert not TASKS[name].correct(response, {"answer": str(float(answer) + 1)})
     else:
         assert not TASKS[name].correct(response, {"answer": "0"}), "nothing found is not 0"
@@ -232,18 +283,27 @@ def test_the_last_number_counts_without_commas(name, response, answer):
 @pytest.mark.parametrize(
     ("response", "gold", "right"),
     [
-        ("72.0009", "72", True), ("72.0011", "72", False), ("71.9991", "72.0", True), ("71.9989", "72.0", False),
-        ("0.001", "0", True), ("-0.001", "0", True), ("0.00101", "0", False), ("-72", "72", False), ("72", 72, True),
-        ("23.5", "23.50", True), ("1,234", "1234", True),
+        ("72.0009", "72", True),
+        ("72.0011", "72", False),
+        ("71.9991", "72.0", True),
+        ("71.9989", "72.0", False),
+        ("0.001", "0", True),
+        ("-0.001", "0", True),
+        ("0.00101", "0", False),
+        ("-72", "72", False),
+        ("72", 72, True),
+        ("23.5", "23.50", True),
+        ("1,234", "1234", True),
     ],
-)  # fmt: skip
+)
 def test_a_number_is_right_within_a_thousandth(response, gold, right):
     assert TASKS["SVAMP"].correct(response, {"answer": gold}) == right
 
 
 @pytest.mark.parametrize(("response", "papers", "stated"), LETTER)
 def test_the_letter_of_aqua_by_the_papers_rule_and_as_it_is_stated(response, papers, stated):
-    """The papers take any capital A to E, the A of "Answer" included; ours takes the letter that is stated."""
+    """The papers take any capital A to E, the A of "Answer" included; ours takes the letter that is
+    stated."""
     aqua = TASKS["AQuA"]
     assert (aqua.rule, aqua.other_rule) == ("letter", "stated")
     assert aqua.answer(response) == papers
@@ -263,7 +323,8 @@ def test_the_output_of_every_real_row_is_right_by_its_own_rule(name):
 
 @shared
 def test_the_rationales_of_real_aqua_rows_state_the_letter_that_stands_at_their_end():
-    """Every stored rationale ends in "The answer is (X)." (some are wrong; then the letter is not the gold one)."""
+    """Every stored rationale ends in "The answer is (X)." (some are wrong; then the letter is not
+    the gold one)."""
     rows = rows_of("test/AQuA.json")
     ends = [re.search(r"answer is \(([A-E])\)", row["output"]) for row in rows]
     assert sum(map(bool, ends)) > 150
@@ -271,7 +332,7 @@ def test_the_rationales_of_real_aqua_rows_state_the_letter_that_stands_at_their_
         assert not end or TASKS["AQuA"].answer(row["output"], "stated") == end[1]
 
 
-# Choices ------------------------------------------------------------------------------------------------------------
+# Choices ------------------------------------------------------------------------------------------
 
 
 def every_real_row():
@@ -282,7 +343,8 @@ def every_real_row():
 
 @shared
 def test_every_real_row_offers_its_gold_answer_and_as_many_texts_as_words():
-    """Against the instruction itself: each text stands in it behind its own word, and the next word follows."""
+    """Against the instruction itself: each text stands in it behind its own word, and the next word
+    follows."""
     seen = set()
     for name, row in every_real_row():
         words, pairs = TASKS[name].choices(row), TASKS[name].cloze(row)
@@ -300,27 +362,33 @@ def test_every_real_row_offers_its_gold_answer_and_as_many_texts_as_words():
         question = {"social_i_qa": r"Q: (.*)\nA:", "hellaswag": "(.*)", "openbookqa": "(.*)"}
         asked = re.fullmatch(question.get(name, r"Question: (.*)\nAnswer:"), pairs[0][0], re.S)[1]
         assert asked and asked in body and "Please choose" not in asked
-    assert {name for name, _ in seen} == set(COMMONSENSE) and len(seen) > 8, "ARC has rows of 3, 4 and 5 answers"
+    assert {name for name, _ in seen} == set(COMMONSENSE) and len(seen) > 8, (
+        "ARC has rows of 3, 4 and 5 answers"
+    )
 
 
 @shared
 def test_boolq_is_answered_by_yes_and_no_in_the_order_of_true_and_false():
     for name, row in every_real_row():
         if name == "boolq":
-            question = row["instruction"].split("question: ", 1)[1].split("Answer format:")[0].strip()
+            question = row["instruction"].split("question: ", 1)[1]
+            question = question.split("Answer format:")[0].strip()
             assert TASKS[name].choices(row) == ["true", "false"]
-            assert TASKS[name].cloze(row) == [(f"Question: {question}\nAnswer:", text) for text in ("yes", "no")]
+            assert TASKS[name].cloze(row) == [
+                (f"Question: {question}\nAnswer:", text) for text in ("yes", "no")
+            ]
 
 
 @shared
 def test_winogrande_scores_the_rest_of_the_sentence_behind_each_filled_in_option():
-    """Partial scoring: context, a space and the rest are the sentence with the option in the blank."""
+    """Partial scoring: context, space and rest are the sentence with the option in the blank."""
     n = 0
     for name, row in every_real_row():
         if name != "winogrande":
             continue
         sentence = row["instruction"].split("given sentence: ", 1)[1].split("Option1:")[0].strip()
-        options = re.search(r"Option1: (.*?)\s*Option2: (.*?)\s*Answer format", row["instruction"], re.S).groups()
+        form = r"Option1: (.*?)\s*Option2: (.*?)\s*Answer format"
+        options = re.search(form, row["instruction"], re.S).groups()
         pairs = TASKS[name].cloze(row)
         for option, (context, rest) in zip(options, pairs, strict=True):
             filled = sentence.replace("_", option, 1)
@@ -337,15 +405,26 @@ def made_up(name, instruction):
 
 def test_cloze_forms_are_those_of_lm_evaluation_harness():
     """Made-up rows; the expected pairs are written after the harness's task files."""
-    task, row = made_up("piqa", "Please choose the correct solution to the question: Open it: how?\n\nSolution1: "
-                        "push\n\nSolution2: pull\n\nAnswer format: solution1/solution2")  # fmt: skip
-    assert task.cloze(row) == [("Question: Open it: how?\nAnswer:", text) for text in ("push", "pull")]
-    task, row = made_up("social_i_qa", "Please choose the correct answer to the question: Why?\n\nAnswer1: a b "
-                        "Answer2: c Answer3: d\n\nAnswer format: answer1/answer2/answer3")  # fmt: skip
+    task, row = made_up(
+        "piqa",
+        "Please choose the correct solution to the question: Open it: how?\n\n"
+        "Solution1: push\n\nSolution2: pull\n\nAnswer format: solution1/solution2",
+    )
+    assert task.cloze(row) == [
+        ("Question: Open it: how?\nAnswer:", text) for text in ("push", "pull")
+    ]
+    task, row = made_up(
+        "social_i_qa",
+        "Please choose the correct answer to the question: Why?\n\n"
+        "Answer1: a b Answer2: c Answer3: d\n\nAnswer format: answer1/answer2/answer3",
+    )
     assert task.cloze(row) == [("Q: Why?\nA:", text) for text in ("a b", "c", "d")]
-    task, row = made_up("winogrande", "Please choose the correct answer to fill in the blank to complete the given "
-                        "sentence: Ann met Eva, so _ smiled.\n\nOption1: Ann Option2: Eva Answer format: "
-                        "option1/option2")  # fmt: skip
+    task, row = made_up(
+        "winogrande",
+        "Please choose the correct answer to fill in the blank to complete the given sentence: "
+        "Ann met Eva, so _ smiled.\n\n"
+        "Option1: Ann Option2: Eva Answer format: option1/option2",
+    )
     assert task.cloze(row) == [(f"Ann met Eva, so {name}", "smiled.") for name in ("Ann", "Eva")]
 
 
@@ -358,7 +437,9 @@ def test_rows_without_choices_are_refused_and_the_error_names_the_task():
         task, row = made_up("boolq", text)
         with pytest.raises(ValueError, match="boolq has no choices"):
             task.choices(row)
-    task, row = made_up("piqa", "the question: why?\n\nSolution1: a\n\nAnswer format: solution1/solution2")
+    task, row = made_up(
+        "piqa", "the question: why?\n\nSolution1: a\n\nAnswer format: solution1/solution2"
+    )
     with pytest.raises(ValueError, match="piqa: 1 choices where 2 are offered"):
         task.cloze(row)
 
