@@ -1,4 +1,5 @@
-"""What the README says is so: its commands run, its numbers are those of the code, its links lead somewhere."""
+"""What the README says is so: its commands run, its numbers are those of the code, its links lead
+somewhere."""
 
 import csv
 import os
@@ -13,23 +14,32 @@ import pytest
 import torch
 
 import perft
-from data import flags, skills
+import train
+from data import skills
 from model import Config, MoETransformer, active_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "data/README.md")}
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "data/README.md")
+}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-QUICK = {"train.py": "--steps 2 --eval_rows 5 --threads 1 --overwrite".split()}  # what a command is given on top
+QUICK = {
+    "train.py": "--steps 2 --eval_rows 5 --threads 1 --overwrite".split()
+}  # what a command is given on top
 
 
 def commands(text):
-    """The python commands of a page's code blocks, in order, without those about folders that the reader has or what is
-    downloaded, and without the benchmark, which takes minutes."""
+    """The python commands of a page's code blocks, in order, without those about folders that the
+    reader has or what is downloaded, and without the benchmark, which takes minutes."""
     lines = [line.split("#")[0] for _, block in BLOCK.findall(text) for line in block.splitlines()]
     parts = [part.strip() for line in lines for part in line.split("&&")]
     elsewhere = "path/to/", "downloads", "prepare.py", "bench", "commonsense"
-    return [part for part in parts if part.startswith("python ") and not any(word in part for word in elsewhere)]
+    return [
+        part
+        for part in parts
+        if part.startswith("python ") and not any(word in part for word in elsewhere)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +49,9 @@ def checkout(tmp_path_factory):
     for name in ("data", "assets", *(path.name for path in ROOT.glob("*.py"))):
         path = ROOT / name
         ignored = shutil.ignore_patterns("__pycache__", "downloads")
-        shutil.copytree(path, folder / name, ignore=ignored) if path.is_dir() else shutil.copy(path, folder / name)
+        shutil.copytree(path, folder / name, ignore=ignored) if path.is_dir() else shutil.copy(
+            path, folder / name
+        )
     tiny = folder / "data" / "tiny_olmoe"
     if not (tiny / "model.safetensors").is_file():
         MoETransformer(Config.from_folder(tiny)).save_pretrained(tiny)
@@ -47,8 +59,13 @@ def checkout(tmp_path_factory):
 
 
 def in_shell(command: list[str], folder: Path):
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as quick for these sizes, and kind to whatever else runs
-    result = subprocess.run([sys.executable, *command], cwd=folder, env=one_thread, capture_output=True, text=True)
+    one_thread = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # as quick for these sizes, and kind to whatever else runs
+    result = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=one_thread, capture_output=True, text=True
+    )
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
@@ -64,15 +81,20 @@ for command in COMMANDS:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_runs_in_the_order_of_the_page(page, checkout):
-    """With few steps and rows; a later command finds what an earlier one wrote. In one process, which imports torch
-    once: that each works in a process of its own is for test_train.py and test_eval.py."""
+    """With few steps and rows; a later command finds what an earlier one wrote. In one process,
+    which imports torch once: that each works in a process of its own is for test_train.py and
+    test_eval.py."""
     found = [shlex.split(command)[1:] for command in commands(PAGES[page])]
     assert len(found) >= 2
     tokenizer = (checkout / "data" / "tiny_olmoe" / "tokenizer.json").read_bytes()
     quick = [[script, *flags, *QUICK.get(script, [])] for script, *flags in found]
     printed = in_shell(["-c", f"COMMANDS = {quick}{RUN_ALL}"], checkout)
-    assert printed.count("\n$ ") + 1 == len(found) and printed.count("\nsaved ") == str(found).count("'train.py'")
-    assert (checkout / "data" / "tiny_olmoe" / "tokenizer.json").read_bytes() == tokenizer, "made again, the same bytes"
+    assert printed.count("\n$ ") + 1 == len(found) and printed.count("\nsaved ") == str(
+        found
+    ).count("'train.py'")
+    assert (checkout / "data" / "tiny_olmoe" / "tokenizer.json").read_bytes() == tokenizer, (
+        "made again, the same bytes"
+    )
 
 
 def test_the_first_command_is_the_one_of_the_first_screen():
@@ -83,36 +105,44 @@ def test_the_first_command_is_the_one_of_the_first_screen():
 
 
 def test_the_python_block_runs(checkout):
-    """As a script in the repository root; it prints an answer, a table of what trains, and shapes."""
+    """As a script in the repository root; it prints an answer, a table of what trains, and
+    shapes."""
     (block,) = [block for language, block in BLOCK.findall(README) if language == "python"]
     printed = in_shell(["-c", block], checkout)
     assert "all that trains" in printed and "torch.Size([1, " in printed
     assert (checkout / "out" / "untrained" / "adapter_model.safetensors").is_file()
 
 
-def test_line_counts_are_those_of_the_files():
-    """Every row of the table whose first cell is a link to a Python file."""
-    rows = re.findall(r"^\| \[(\S+?\.py)\]\((\S+?)\) \| (.*?) \|", README, re.M)
-    assert len(rows) >= 8
-    told = {name: count for name, _, count in rows}
-    assert told == {name: str(len((ROOT / name).read_text(encoding="utf-8").splitlines())) for name in told}
-    assert all(name == link for name, link, _ in rows)
-    missing = {path.name for path in ROOT.glob("*.py")} - set(told)
-    assert not missing, "files of the top level that the reading order leaves out"
+def test_the_reading_order_has_every_file_of_the_top_level():
+    rows = re.findall(r"^\| \[(\S+?\.py)\]\((\S+?)\) \|", README, re.M)
+    assert {name for name, _ in rows} == {path.name for path in ROOT.glob("*.py")}
+    assert all(name == link for name, link in rows)
+
+
+def test_the_page_of_data_has_every_file_of_data():
+    told = re.findall(r"^\| \[(\S+?\.py)\]", PAGES["data/README.md"], re.M)
+    assert sorted(told) == sorted(path.name for path in (ROOT / "data").glob("*.py"))
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_to_a_file_leads_to_one(page):
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", PAGES[page])
-    missing = [link for link in links if "://" not in link and not ((ROOT / page).parent / link).exists()]
+    missing = [
+        link for link in links if "://" not in link and not ((ROOT / page).parent / link).exists()
+    ]
     assert links and not missing
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_is_named_exists(page):
-    """Words in backquotes that look like a path of the repository (what a run writes begins with out/)."""
+    """Words in backquotes that look like a path of the repository (what a run writes begins with
+    out/)."""
     names = re.findall(r"`((?:[\w.-]+/)+[\w-]+\.\w+|[\w-]+\.(?:py|md))`", PAGES[page])
-    assert not [name for name in names if not name.startswith(("out/", "path/to/")) and not (ROOT / name).exists()]
+    assert not [
+        name
+        for name in names
+        if not name.startswith(("out/", "path/to/")) and not (ROOT / name).exists()
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -126,56 +156,85 @@ def test_the_size_of_the_embedded_model_is_as_told():
     with torch.device("meta"):
         model = MoETransformer(config)
     total = sum(p.numel() for p in model.parameters())
-    assert f"{total / 1e6:.1f} M parameters, {config.num_experts} experts" in " ".join(README.split())
-    assert f"{total:,} parameters ({active_parameters(model):,} active for a token)" in PAGES["data/README.md"]
+    assert f"{total / 1e6:.1f} M parameters, {config.num_experts} experts" in " ".join(
+        README.split()
+    )
+    assert (
+        f"{total:,} parameters ({active_parameters(config):,} active for a token)"
+        in PAGES["data/README.md"]
+    )
 
 
 def test_parameter_counts_are_those_that_perft_prints(capsys):
-    """Every variant and base: each number of the README's table in perft.py's output for that variant, and in the
-    README every count of trainable parameters that perft.py prints."""
+    """Every variant and base: each number of the README's table in perft.py's output for that
+    variant, and in the README every count of trainable parameters that perft.py prints."""
     perft.main()
-    lines = re.findall(r"^  (\w+)(?: \(Top\d/\d\))? +([\d,]+ parameters.*)$", capsys.readouterr().out, re.M)
+    lines = re.findall(r"^  (\w+) +([\d,]+ parameters.*)$", capsys.readouterr().out, re.M)
     printed = {}
     for variant, numbers in lines:
-        printed.setdefault(variant, []).append(re.findall(r"\d[\d,]*\d", re.sub(r"\(.*?\)", "", numbers)))
-    assert list(printed) == [*perft.PERFT, "lora_qv"] and all(len(bases) == 3 for bases in printed.values())
+        printed.setdefault(variant, []).append(
+            re.findall(r"\d[\d,]*\d", re.sub(r"\(.*?\)", "", numbers))
+        )
+    assert list(printed) == [*perft.PERFT, "lora_qv"] and all(
+        len(bases) == 3 for bases in printed.values()
+    )
 
-    section = README.split("Parameters, by formula and by count")[1].split("\n## ")[0]
+    section = README.split("Parameters (`python perft.py`)")[1].split("\n## ")[0]
     for variant, bases in printed.items():
-        lines = "\n".join(line for line in section.splitlines() if re.search(rf"\b{variant}\b", line))
+        lines = "\n".join(
+            line for line in section.splitlines() if re.search(rf"\b{variant}\b", line)
+        )
         told = re.findall(r"\d{1,3}(?:,\d{3})+", lines)
         known = [number for numbers in bases for number in numbers]
-        assert set(told) <= set(known), f"{variant}: the README has numbers that perft.py does not print"
-        assert {numbers[0] for numbers in bases} <= set(told), f"{variant}: trainable parameters are missing"
+        assert set(told) <= set(known), (
+            f"{variant}: the README has numbers that perft.py does not print"
+        )
+        assert {numbers[0] for numbers in bases} <= set(told), (
+            f"{variant}: trainable parameters are missing"
+        )
 
 
 def test_a_table_of_what_trains_in_the_readme_is_the_one_that_the_default_run_prints():
-    """Its lines need no training: they are compared with perft.report on the embedded base's shapes."""
+    """Its lines need no training: they are compared with perft.report on the embedded base's
+    shapes."""
     with torch.device("meta"):
         model = MoETransformer(Config.from_folder(ROOT / "data" / "tiny_olmoe"))
         printed = perft.report(perft.apply_perft(model, "perft_s")).splitlines()
     lines = [line for _, block in BLOCK.findall(README) for line in block.splitlines()]
-    told = [line for line in lines if re.match(r"module  |layers\.|all that trains|base model:", line)]
+    told = [
+        line for line in lines if re.match(r"module  |layers\.|all that trains|base model:", line)
+    ]
     assert len(told) >= 3 and not [line for line in told if line not in printed]
 
 
 def test_the_options_of_each_variant_are_those_it_takes():
-    """The README's table against flags.APPLIES; "also" and "as" mean the options of perft_s too."""
+    """The README's table against each variant's parser, less what all but scratch have; "also" and
+    "as" mean the options of perft_s too."""
     rows = re.findall(r"^\| `(\w+)` \| .*? \| (.*?) ?\|$", README, re.M)
-    told = {variant: set(re.findall(r"--(\w+)", cell)) for variant, cell in rows}
+    told = {variant: set(re.findall(r"--\w+", cell)) for variant, cell in rows}
     for variant, cell in rows:
         if cell.startswith("also") or "perft_s" in cell:
             told[variant] |= told["perft_s"]
-    assert told == {variant: set(flags.APPLIES[variant]) - flags.DATA for variant in flags.VARIANTS}
+    parsers = {name: train.make_parser(train.Asked(name)) for name in train.VARIANTS}
+    flags = {name: set(parser.flags()) for name, parser in parsers.items()}
+    common = flags["router"]  # which has none of its own
+    assert told == {name: flags[name] - common for name in train.VARIANTS}
 
 
 def test_the_results_are_the_means_and_ranges_of_the_runs():
-    """Each row of the results table against assets/results.csv: three seeds at the best rate of seed 0."""
+    """Each row of the results table against assets/results.csv: three seeds at the best rate of
+    seed 0."""
     names = {
-        "perft_s": "PERFT-S", "perft_d": "PERFT-D (M = 4)", "perft_r": "PERFT-R (Top2/4)", "perft_e": "PERFT-E",
-        "esft_token": "ESFT-token", "esft_gate": "ESFT-gate", "esft_token random": "ESFT-token, random experts",
-        "lora_qv": "q,v LoRA", "full": "full",
-    }  # fmt: skip
+        "perft_s": "PERFT-S",
+        "perft_d": "PERFT-D (M = 4)",
+        "perft_r": "PERFT-R (Top2/4)",
+        "perft_e": "PERFT-E",
+        "esft_token": "ESFT-token",
+        "esft_gate": "ESFT-gate",
+        "esft_token random": "ESFT-token, random experts",
+        "lora_qv": "q,v LoRA",
+        "full": "full",
+    }
     with open(ROOT / "assets" / "results.csv", encoding="utf-8") as file:
         runs = [run for run in csv.DictReader(file) if run["task"] == skills.DEFAULT_TARGET]
     for method, name in names.items():
@@ -183,7 +242,9 @@ def test_the_results_are_the_means_and_ranges_of_the_runs():
         best = max(float(run["target"]) for run in mine if run["seed"] == "0")
         good = [run for run in mine if run["seed"] == "0" and float(run["target"]) >= best - 0.005]
         lr = max(good, key=lambda run: float(run["kept"]))["lr"]  # the rule that the page gives
-        (row,) = re.findall(rf"^\| {re.escape(name)} \| (\S+) \| \S+ \| (.*?) \| (.*?) \|$", README, re.M)
+        (row,) = re.findall(
+            rf"^\| {re.escape(name)} \| (\S+) \| \S+ \| (.*?) \| (.*?) \|$", README, re.M
+        )
         assert float(row[0]) == float(lr)
         for told, key in zip(row[1:], ("target", "kept")):
             values = [100 * float(run[key]) for run in mine if run["lr"] == lr]
@@ -192,10 +253,16 @@ def test_the_results_are_the_means_and_ranges_of_the_runs():
 
 
 def test_the_tables_of_speed_are_what_was_measured():
-    """Against assets/bench.csv: times and kept memory of one layer, tokens a second of a step, what adapters add."""
+    """Against assets/bench.csv: times and kept memory of one layer, tokens a second of a step, what
+    adapters add."""
     with open(ROOT / "assets" / "bench.csv", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["group"] != "block" or row["threads"] == "2"]
-    found = {(row["group"], re.sub(r" \(grouped_mm\)", "", row["case"]), row["metric"]): row["value"] for row in rows}
+        rows = [
+            row for row in csv.DictReader(file) if row["group"] != "block" or row["threads"] == "2"
+        ]
+    found = {
+        (row["group"], re.sub(r" \(grouped_mm\)", "", row["case"]), row["metric"]): row["value"]
+        for row in rows
+    }
     assert len(found) == len(rows), "a number stands there twice"
 
     def cells(name):
@@ -205,20 +272,29 @@ def test_the_tables_of_speed_are_what_was_measured():
     def value(*key):
         return float(found[key])
 
-    block = {"ours, the loop of the text book": "ours, loop", "ours, grouped": "ours, grouped",
-             "ours, grouped and compiled": "ours, compiled", "transformers, default (grouped)": "transformers, default",
-             "transformers, compiled": "transformers, compiled"}  # fmt: skip
+    block = {
+        "ours, the loop of the text book": "ours, loop",
+        "ours, grouped": "ours, grouped",
+        "ours, grouped and compiled": "ours, compiled",
+        "transformers, default (grouped)": "transformers, default",
+        "transformers, compiled": "transformers, compiled",
+    }
     for name, case in block.items():
         frozen, kept, trainable = cells(name)
         assert frozen == f"{value('block', f'frozen: {case}', 'ms'):.0f} ms"
         assert kept.split()[0] == f"{value('block', f'frozen: {case}', 'kept_kib_per_token'):.1f}"
         assert trainable == f"{value('block', f'trainable: {case}', 'ms'):.0f} ms"
 
-    step = {"PERFT-S": ("perft_s, eager", "perft_s, compiled"), "PERFT-R (Top2/4)": ("perft_r, eager",),
-            "PERFT-E": ("perft_e, eager", "perft_e, compiled"), "ESFT": ("esft, eager",), "full": ("full, eager",),
-            "transformers + peft, q,v LoRA": ("peft_qv, default", "peft_qv, compiled"),
-            "transformers + peft, LoRA on the experts": ("peft_experts, default",),
-            "transformers, full": ("transformers_full, default",)}  # fmt: skip
+    step = {
+        "PERFT-S": ("perft_s, eager", "perft_s, compiled"),
+        "PERFT-R (Top2/4)": ("perft_r, eager",),
+        "PERFT-E": ("perft_e, eager", "perft_e, compiled"),
+        "ESFT": ("esft, eager",),
+        "full": ("full, eager",),
+        "transformers + peft, q,v LoRA": ("peft_qv, default", "peft_qv, compiled"),
+        "transformers + peft, LoRA on the experts": ("peft_experts, default",),
+        "transformers, full": ("transformers_full, default",),
+    }
     table = README.split("| tokens a second |")[1].split("\n\n")[0]
     for name, cases in step.items():
         (row,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", table, re.M)
@@ -226,14 +302,28 @@ def test_the_tables_of_speed_are_what_was_measured():
         speeds = [value("step", case, "tokens_per_second") for case in cases]
         assert told == [*(f"{round(speed, -2):,.0f}" for speed in speeds), ""][:2], name
 
-    adapters = {"one OLMoE-sized layer, 2,048 tokens": "OLMoE layer, bfloat16", "the embedded model": "embedded model"}
+    adapters = {
+        "one OLMoE-sized layer, 2,048 tokens": "OLMoE layer, bfloat16",
+        "the embedded model": "embedded model",
+    }
     for name, case in adapters.items():
-        for told, variant in zip(cells(name), ("perft_s", "perft_d", "perft_r", "perft_e"), strict=True):
-            keys = [("adapters", f"{case}: {variant}, {mode}", "added_percent") for mode in ("eager", "compiled")]
+        for told, variant in zip(
+            cells(name), ("perft_s", "perft_d", "perft_r", "perft_e"), strict=True
+        ):
+            keys = [
+                ("adapters", f"{case}: {variant}, {mode}", "added_percent")
+                for mode in ("eager", "compiled")
+            ]
             added = [f"{value(*key):+.1f} %" for key in keys if key in found]
             assert added and told == ", compiled ".join(added), (case, variant)
 
-    times = [value("esft", case, "ratio") for group, case, metric in found if (group, metric) == ("esft", "ratio")]
-    small, short, long = (f"{ratio:.2f}" for ratio in times)  # the embedded model, a layer with 512 and 2,048 tokens
+    times = [
+        value("esft", case, "ratio")
+        for group, case, metric in found
+        if (group, metric) == ("esft", "ratio")
+    ]
+    small, short, long = (
+        f"{ratio:.2f}" for ratio in times
+    )  # the embedded model, a layer with 512 and 2,048 tokens
     assert f"takes {small} times the time on the embedded\nmodel, {long} on one" in README
     assert f"2,048 tokens and {short} with 512" in README
