@@ -20,7 +20,7 @@ Test sets. data/tasks.py holds prompts and rules, data/prepare.py downloads the 
                  largest wins (acc), or the largest after dividing by the choice's characters
                  (acc_norm): lm-evaluation-harness's definitions. A choice is scored with the space
                  before it, which is not counted as a character. --choices words scores the papers'
-                 answer words behind the papers' prompt; texts scores the choices themselves.
+                 answer words behind the prompt of --template; texts scores the choices themselves.
 
 Predictions go to --out as JSON lines while they are made: a stopped evaluation continues where it
 was, and further tasks join those that are there. The mean over tasks is unweighted, as in the
@@ -58,6 +58,8 @@ from data.tasks import GROUPS, TASKS, TEMPLATES, Task
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import DTYPES, EMBEDDED, Config, MoETransformer
 
+SKILLS = [*skills.TARGETS, *skills.FAMILIES]
+TITLE, CELL = "{:28} {:>6}", " {:9.1f} {:6.1f}"  # of the table of test sets
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVAL_FILES = ("settings.json", "results.json", "predictions.jsonl")  # of a folder RUN/eval_METHOD
 # What a run folder may hold beside config.json and metrics.jsonl: what --overwrite removes.
@@ -488,9 +490,6 @@ def print_table(table: dict, means: dict):
         print(f"{cut} prompts were longer than the model's positions and lost their beginning")
 
 
-TITLE, CELL = "{:28} {:>6}", " {:9.1f} {:6.1f}"
-
-
 def percent(accuracy):
     return [100 * value for value in accuracy]
 
@@ -541,7 +540,7 @@ def measure_skills(args, model, tokenizer):
 
 def evaluate_sets(args, model, tokenizer):
     """Answer test sets, print the table, write predictions.jsonl and results.json."""
-    measure_skills(args, model, tokenizer)
+    measure_skills(args, model, tokenizer)  # those that --tasks names as well
     sets = read_test_sets(args)
     settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
     if args.trained.get("template") == "chat":
@@ -602,7 +601,6 @@ QUESTIONS = {
     "likelihood": "test sets by --method likelihood",
     "texts": "--choices texts",
 }
-SKILLS = [*skills.TARGETS, *skills.FAMILIES]
 LIMITS = {group: TASKS[names[0]].max_new_tokens for group, names in GROUPS.items()}  # the papers'
 # What predictions depend on: those of other settings do not mix.
 SETTINGS = {

@@ -132,7 +132,7 @@ class Adapters(nn.Module):
         """
         M, r, D = self.A.shape
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        hidden = self.bend(F.linear(self.drop(x), A.reshape(M * r, D)))  # (N, M*r)
+        hidden = self.after_A(F.linear(self.before_A(x), A.reshape(M * r, D)))  # (N, M*r)
         if gate is not None:
             hidden = hidden * gate.repeat_interleave(r, dim=1)
         return hidden @ B.transpose(1, 2).reshape(M * r, D)
@@ -152,16 +152,16 @@ class Adapters(nn.Module):
         A, B = F.pad(A, (0, 0, 0, pad)), F.pad(B, (0, pad))
 
         order = sort_by_expert(routing.selected_experts, E)
-        hidden = self.bend(GatheredProduct.apply(self.drop(x), A, order))  # (R, r)
+        hidden = self.after_A(GatheredProduct.apply(self.before_A(x), A, order))  # (R, r)
         hidden = hidden * weight_of_rows(routing, order)
         return Combine.apply(GroupedProduct.apply(hidden, B, order.ends), order)
 
-    def drop(self, x):
+    def before_A(self, x):
         if self.kind == "parallel":
             return x  # whose dropout comes behind the first matrix
         return F.dropout(x, self.dropout, self.training)
 
-    def bend(self, hidden):
+    def after_A(self, hidden):
         if self.kind == "lora":
             return hidden * self.scale
         return F.silu(F.dropout(hidden, self.dropout, self.training))

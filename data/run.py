@@ -249,11 +249,7 @@ class Log:
         self.file = None
         if path is None:
             return
-        kept = []
-        if keep_until is not None:
-            kept = [
-                line for line in whole_lines(path) if json.loads(line).get("step", 0) <= keep_until
-            ]
+        kept = [] if keep_until is None else log_lines(path, keep_until)
         write_text(path, "".join(f"{line}\n" for line in kept))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
 
@@ -262,6 +258,20 @@ class Log:
         if self.file:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
+
+
+def log_lines(path: Path, last_step: int) -> list[str]:
+    """The lines of a metrics.jsonl up to a step. ValueError, with file:line, for a damaged one."""
+    kept = []
+    for i, line in enumerate(whole_lines(path)):
+        try:
+            step = json.loads(line).get("step", 0)
+            kept += [line] if step <= last_step else []
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            raise ValueError(
+                f"{path}:{i + 1}: is no line of a log; remove it, then --resume again"
+            ) from None
+    return kept
 
 
 def peak_memory() -> int:

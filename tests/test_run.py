@@ -501,6 +501,20 @@ def test_a_log_is_json_lines_and_a_text_on_the_screen(tmp_path, capsys):
     assert capsys.readouterr().out == "alone\n" and names(tmp_path) == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "damage", ["\0\0\0", "5", '{"step": 1', '"x"', '{"step": "a"}', "[" * 9999]
+)
+def test_a_damaged_line_of_a_log_is_named(damage, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{damage}\n{{"step": 2}}\n{{"st')
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl:2: is no line of a log; remove it"
+    ) as told:
+        run.Log(path, 2)
+    assert "\n" not in str(told.value)
+    assert path.read_text().endswith('{"st'), "it stays as it was"
+
+
 def test_a_log_that_is_continued_forgets_what_will_be_written_again(tmp_path, capsys):
     """Lines of later steps, and a last one that was cut off; a new run starts with none."""
     path = tmp_path / "metrics.jsonl"
