@@ -232,7 +232,7 @@ class ChosenExperts(nn.Module):
         others = [e for e in range(E) if e not in chosen]
         order = torch.tensor(chosen + others, device="cpu")
         position = order.argsort()  # expert id -> its place in the bank
-        if not down.is_meta:  # on meta it stays on the CPU: no file will tell it
+        if not down.is_meta:  # else it is real on the CPU: no checkpoint would fill it
             position, order = position.to(down.device), order.to(down.device)
         self.register_buffer("position", position, persistent=False)  # (E,)
         self.gate_up_bank = nn.Parameter(gate_up[order], requires_grad=False)  # (E, 2F, D)
@@ -422,8 +422,7 @@ def trained_places(model) -> dict:
 def save(model, folder: str | Path):
     """Write expert_cfg.json and expert_weights.safetensors: what trains, as whole tensors (not
     differences) in the base's dtype under the checkpoint's names. Laid over the base's tensors,
-    they
-    make the fine-tuned checkpoint."""
+    they make the fine-tuned checkpoint."""
     from data import hub
     from data import shard as processes
 

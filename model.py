@@ -231,13 +231,15 @@ def summed_cross_entropy(x, weight, labels) -> torch.Tensor:
     """
     if len(x) <= CHUNK:
         return chunk_loss(x, weight, labels)
+    if weight.requires_grad:  # then its gradient is summed over the chunks in float32
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     recomputed = partial(checkpoint, chunk_loss, use_reentrant=False, preserve_rng_state=False)
     chunks = zip(x.split(CHUNK), labels.split(CHUNK))
     return sum(recomputed(rows, weight, ids) for rows, ids in chunks)
 
 
 def chunk_loss(x, weight, labels) -> torch.Tensor:
-    logits = F.linear(x, weight)
+    logits = F.linear(x, weight.to(x.dtype))
     precise = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(precise), labels, reduction="sum")
 

@@ -16,8 +16,8 @@ The experts of a layer are two stacked parameters, and this file has two ways to
                      in one call on the sorted rows, sort back. The same numbers, no Python loop,
                      no shape that depends on the routing.
 
-A layer returns (y, Routing). The balance loss and every table of how experts are used are computed
-from Routing; nothing is left on a module for somebody else to find.
+A layer returns (y, Routing). Routing is all that the balance loss and the tables of how experts are
+used are computed from; nothing is left on a module for somebody else to find.
 
 Shapes: B batch, T time, N = B*T tokens, D hidden_size, F intermediate_size (F_ in code, where F is
 torch's), E num_experts, K experts per token, R = N*K rows, one for each (token, slot) pair.
@@ -304,9 +304,14 @@ def load_balancing_loss(routing: Routing, mask: torch.Tensor | None = None) -> t
     so that layers which each collapsed onto other experts look balanced together; here every layer
     answers for itself, and the caller averages.
     """
-    E = routing.router_logits.shape[-1]
-    tokens = routing.router_logits.shape[0] if mask is None else mask.sum()
-    return E * (expert_load(routing, mask) * prob_sums(routing, mask) / tokens).sum()
+    tokens = len(routing.router_logits) if mask is None else mask.sum()
+    return unevenness(expert_load(routing, mask), prob_sums(routing, mask), tokens)
+
+
+def unevenness(load: torch.Tensor, prob_sums: torch.Tensor, tokens) -> torch.Tensor:
+    """The formula above, of f (E,) and of P (E,) times the number of tokens. It is linear in P: the
+    terms of parts of the tokens, with the f and the number of all, add up."""
+    return len(load) * (load * prob_sums / tokens).sum()
 
 
 # The lesson --------------------------------------------------------------------------------------

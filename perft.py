@@ -446,7 +446,7 @@ def warnings_for(config: PerftConfig, base) -> list[str]:
 #
 # A parameter that is stacked (experts [E, ., .], adapters [M, ., .]) trains as a whole, yet one
 # token meets only K of its E or M parts. Both numbers are counted from the model as it is; nothing
-# here knows a formula, so that the lesson below can hold the papers' formulas against it.
+# here knows a formula, so that the tests can hold the papers' formulas against it.
 
 
 class Trained(NamedTuple):
@@ -531,14 +531,13 @@ def fingerprint(base) -> dict:
 
 def check_fingerprint(theirs, base, path: Path):
     """ValueError naming both sides if an adapter's base was another one."""
+    from data import run
+
     if not isinstance(theirs, dict):
         raise ValueError(f"{path}: does not say for which base it was made; not written by save")
-    here = fingerprint(base)
-    wrong = [f"{k} {theirs.get(k)!r} against {v!r}" for k, v in here.items() if theirs.get(k) != v]
-    if wrong:
-        raise ValueError(
-            f"{path}: was made for another base; its base against this: {', '.join(wrong)}"
-        )
+    changed = run.changes(theirs, fingerprint(base))
+    if changed:
+        raise ValueError(f"{path}: was made for another base: {changed}")
 
 
 def config_of(model) -> PerftConfig:

@@ -60,7 +60,7 @@ from data import dataset, hub, run, skills, tasks
 from data import shard as processes
 from data.run import count, from_zero, number, positive
 from model import DTYPES, EMBEDDED, Config, MoETransformer
-from moe import expert_counts, prob_sums
+from moe import expert_counts, prob_sums, unevenness
 from perft import BASELINES, PERFT, PerftConfig
 
 # Flags -------------------------------------------------------------------------------------------
@@ -489,8 +489,10 @@ def certain_memory(model, device: str) -> str:
     if the device has not as much."""
     frozen = trained = 0
     for p in model.parameters():
-        frozen += p.nbytes * (not p.requires_grad)
-        trained += p.nbytes * p.requires_grad
+        if p.requires_grad:
+            trained += p.nbytes
+        else:
+            frozen += p.nbytes
     frozen, trained = frozen // processes.WORLD, trained // processes.WORLD
     gpu = device.startswith("cuda")
     free = torch.cuda.mem_get_info(device)[0] if gpu else run.free_memory()
@@ -610,10 +612,9 @@ def mean_balance(routings: list, mask: torch.Tensor, tokens: int) -> Balance:
     counts = torch.stack([expert_counts(routing, mask) for routing in routings])
     counts = processes.total(counts)  # (L, E)
     loads = counts.float() / counts.sum(-1, keepdim=True)
-    E = counts.shape[-1]
     losses = []
     for routing, load in zip(routings, loads):
-        losses.append(E * (load * prob_sums(routing, mask) / tokens).sum())
+        losses.append(unevenness(load, prob_sums(routing, mask), tokens))
     return Balance(torch.stack(losses).mean(), counts)
 
 
@@ -765,8 +766,8 @@ def advice(args, steps: int) -> list[str]:
         notes.append(f"--warmup is not shorter than the run: its last rate is {last:.1e}")
     if args.base and not args.recipe and args.lr == LEARNING_RATES[args.variant]:
         notes.append(
-            f"--lr {args.lr} was found on the embedded model; a real base wants less (the papers: "
-            "1e-5; --data with --recipe perft_paper has all of their settings)"
+            f"--lr {args.lr} was found on the embedded model; a real base wants less; --data "
+            "with --recipe perft_paper has the papers' settings"
         )
     if args.base and not args.data and not eval.is_embedded(args.base):
         notes.append("--task is of the embedded world, which this base does not know; give --data")

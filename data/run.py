@@ -265,8 +265,8 @@ def log_lines(path: Path, last_step: int) -> list[str]:
     kept = []
     for i, line in enumerate(whole_lines(path)):
         try:
-            step = json.loads(line).get("step", 0)
-            kept += [line] if step <= last_step else []
+            if json.loads(line).get("step", 0) <= last_step:
+                kept.append(line)
         except (ValueError, AttributeError, TypeError, RecursionError):
             raise ValueError(
                 f"{path}:{i + 1}: is no line of a log; remove it, then --resume again"

@@ -1258,7 +1258,7 @@ def test_an_adapter_is_refused_on_another_base(saved, other):
         load_adapter(model, saved)
     message, differing = one_line(error), [key for key in here if here[key] != theirs[key]]
     assert differing and all(key in message for key in differing)
-    assert all(str(side[key]) in message for key in differing for side in (here, theirs))
+    assert all(json.dumps(side[key]) in message for key in differing for side in (here, theirs))
     apply_perft(model, "perft_s")
 
 
