@@ -648,6 +648,30 @@ def merge(model):
 
 # The lesson --------------------------------------------------------------------------------------
 
+# of the published config.json files
+OLMOE_1B_7B = {
+    "model_type": "olmoe",
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+}
+MIXTRAL_8X7B = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
 
 def lesson_parameters(name: str, base):
     """What each variant trains on a base of these sizes, counted on a model without memory."""
@@ -695,34 +719,15 @@ def lesson_identities(base):
 
 
 def main():
+    from data.hub import make_config
     from model import EMBEDDED, Config
 
-    olmoe = Config(
-        vocab_size=50304,
-        hidden_size=2048,
-        intermediate_size=1024,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        num_experts=64,
-        num_experts_per_tok=8,
-    )
-    mixtral = Config(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        model_type="mixtral",
-    )
+    olmoe = make_config(OLMOE_1B_7B, Config)
     lesson_parameters("OLMoE-1B-7B", olmoe)
-    lesson_parameters("Mixtral-8x7B", mixtral)
+    lesson_parameters("Mixtral-8x7B", make_config(MIXTRAL_8X7B, Config))
     lesson_parameters("data/tiny_olmoe", Config.from_folder(EMBEDDED))
-    small = replace(olmoe, hidden_size=32, intermediate_size=16, num_experts=8)
-    lesson_identities(replace(small, norm_topk_prob=True))
+    small = {"hidden_size": 32, "intermediate_size": 16, "num_experts": 8, "head_dim": None}
+    lesson_identities(replace(olmoe, **small, norm_topk_prob=True))
 
 
 if __name__ == "__main__":

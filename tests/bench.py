@@ -66,13 +66,14 @@ import eval  # noqa: E402
 import perft  # noqa: E402
 from data import hub, skills  # noqa: E402
 from data.dataset import encode_prompt, encode_rows, pad_batch  # noqa: E402
+from data.hub import make_config  # noqa: E402
 from data.tasks import TASKS  # noqa: E402
 from model import EMBEDDED, Config, MoETransformer  # noqa: E402
 from moe import expert_load  # noqa: E402
-from perft import PERFT, PerftConfig  # noqa: E402
+from perft import OLMOE_1B_7B, PERFT, PerftConfig  # noqa: E402
 from train import make_optimizer  # noqa: E402
 
-OLMOE_1B_7B = Config(50304, 2048, 1024, 16, 16, num_experts=64, num_experts_per_tok=8)
+OLMOE = make_config(OLMOE_1B_7B, Config)
 RANK = 16
 OURS = (*PERFT, "lora_qv", "esft", "full")
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -261,7 +262,7 @@ LAYER = {"T": 2048, "D": 256, "F": 128, "E": 32, "K": 4}  # of group scaling
 def layer_base(device: str, D: int, F: int, E: int, K: int) -> Base:
     """One layer of these sizes in bfloat16, in a model of next to nothing else."""
     sizes = {"hidden_size": D, "intermediate_size": F, "num_experts": E, "num_experts_per_tok": K}
-    config = replace(OLMOE_1B_7B, **sizes, num_hidden_layers=1, vocab_size=8, head_dim=None)
+    config = replace(OLMOE, **sizes, num_hidden_layers=1, vocab_size=8, head_dim=None)
     return Base(device, config, torch.bfloat16)
 
 
@@ -434,7 +435,7 @@ def bench_step(args) -> Table:
     large = args.size == "olmoe"
     base = Base(args.device)
     if large:
-        base = Base(args.device, OLMOE_1B_7B, torch.bfloat16)
+        base = Base(args.device, OLMOE, torch.bfloat16)
     ways = [(who, mode) for who in OURS for mode in ("eager", "compiled")]
     ways += [(who, mode) for who in PEERS for mode in ("default", "eager", "compiled")]
     ways = [(who, mode) for who, mode in ways if who in args.cases]
@@ -660,7 +661,7 @@ def tiny_model_row(rounds: int) -> dict:
 def olmoe_layer_rows(rounds: int) -> list[dict]:
     """One MoE layer of OLMoE's size, bfloat16, random weights; the 5 experts with the most of the
     tokens train."""
-    config = replace(OLMOE_1B_7B, num_hidden_layers=1, vocab_size=8)
+    config = replace(OLMOE, num_hidden_layers=1, vocab_size=8)
     frozen = Base("cpu", config, torch.bfloat16).ours().layers[0].moe.requires_grad_(False)
     chosen, rows = copy.deepcopy(frozen), []
     # as a model does: what is read is what trains

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_hub import TINY
 
 import esft
 import perft
@@ -24,22 +25,11 @@ from moe import Routing
 
 ROOT = Path(__file__).parent.parent
 RELEASED = Path(__file__).parents[2] / "shared" / "esft"
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": 3,
-    "pad_token_id": 0,
-}
-OLMOE = SIZES | {"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 2}
+OLMOE = TINY | {"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 2}
 BASES = {
     "olmoe": OLMOE,
     "olmoe_tied": OLMOE | {"tie_word_embeddings": True},
-    "mixtral": SIZES | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     # rows of 28 or 14 bytes: only the loop can run them
     "no_grouped_mm": OLMOE | {"intermediate_size": 7},
 }

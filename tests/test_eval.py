@@ -264,7 +264,7 @@ def test_an_adapter_is_refused_on_another_base_and_the_line_names_both_sides(ada
     assert (
         code == 1
         and str(adapter) in message
-        and "hidden_size 32 against 64" in message
+        and "hidden_size 32 then, 64 now" in message
         and "\n" not in message
     )
     turned = make_base(tmp_path / "turned", rope_theta=500.0)

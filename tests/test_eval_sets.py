@@ -582,6 +582,10 @@ def test_a_response_may_hold_any_character_and_is_read_back(ask, model_and_token
     assert batches == [] and now == records and lasting(again) == lasting(results)
 
 
+def about_boolq(base, test_dir, out):
+    return ["--base", base, "--test_dir", test_dir, "--out", out, "--tasks", "boolq"]
+
+
 CHANGES = [
     (["--num_beams", 2], "num_beams 4 then, 2 now"),
     (
@@ -597,16 +601,7 @@ def test_predictions_of_other_settings_are_refused_with_both_values_until_overwr
     ask, base, test_dir, tmp_path
 ):
     ask("--tasks", "boolq", "--eval_rows", 2)
-    command = [
-        "--base",
-        base,
-        "--test_dir",
-        test_dir,
-        "--out",
-        tmp_path / "out",
-        "--tasks",
-        "boolq",
-    ]
+    command = about_boolq(base, test_dir, tmp_path / "out")
     command += ["--eval_rows", 2]
     before = (tmp_path / "out" / "predictions.jsonl").read_bytes()
     for flags, said in CHANGES:
@@ -732,16 +727,7 @@ def test_the_line_after_ctrl_c_is_true_also_with_overwrite(
     """With --overwrite the same command would delete the answers so far: the line may not promise
     that it goes on."""
     counting(monkeypatch, 1)
-    command = [
-        "--base",
-        base,
-        "--test_dir",
-        test_dir,
-        "--out",
-        tmp_path / "out",
-        "--tasks",
-        "boolq",
-    ]
+    command = about_boolq(base, test_dir, tmp_path / "out")
     failure(*command, "--batch_size", 3, "--overwrite", main=eval.main)
     said = capsys.readouterr().err
     assert said == "stopped: answers so far are kept: the command without --overwrite continues\n"

@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 import model as network
 from data import run
 from data import shard as processes
+from data.hub import make_config
 from esft import apply_esft
 from model import Config, MoETransformer, summed_cross_entropy
 from moe import load_balancing_loss
-from perft import apply_perft
+from perft import MIXTRAL_8X7B, OLMOE_1B_7B, apply_perft
 from train import certain_memory, make_optimizer, parse_args, state_places
 
 TINY = Config(
@@ -28,19 +29,6 @@ TINY = Config(
     num_attention_heads=4,
     num_experts=8,
     num_experts_per_tok=2,
-)
-OLMOE_1B_7B = Config(50304, 2048, 1024, 16, 16, num_experts=64, num_experts_per_tok=8)
-MIXTRAL_8X7B = Config(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    num_experts=8,
-    num_experts_per_tok=2,
-    norm_topk_prob=True,
-    model_type="mixtral",
 )
 
 
@@ -333,9 +321,11 @@ def test_the_published_models_take_the_size_of_their_files_and_what_trains(monke
     the numbers by hand: 13.84 and 93.41 GB of bfloat16 weights, 4 bytes a float32 one."""
     monkeypatch.setattr(run, "free_memory", lambda: float("inf"))
     with torch.device("meta"):
-        adapted = apply_perft(MoETransformer(OLMOE_1B_7B).bfloat16(), "perft_s")
-        full = apply_perft(MoETransformer(OLMOE_1B_7B), "full")
-        large = MoETransformer(MIXTRAL_8X7B).bfloat16().requires_grad_(False)
+        adapted = apply_perft(
+            MoETransformer(make_config(OLMOE_1B_7B, Config)).bfloat16(), "perft_s"
+        )
+        full = apply_perft(MoETransformer(make_config(OLMOE_1B_7B, Config)), "full")
+        large = MoETransformer(make_config(MIXTRAL_8X7B, Config)).bfloat16().requires_grad_(False)
     said = partial(
         "memory in GB a device: weights {}, trains {}, gradients {}, AdamW {}; activations come on "
         "top".format

@@ -17,6 +17,7 @@ from data import hub
 from data.decode import KVCache
 from model import Config, MoETransformer, active_parameters, main
 from moe import load_balancing_loss
+from perft import MIXTRAL_8X7B, OLMOE_1B_7B
 
 transformers = pytest.importorskip("transformers", reason="the reference of this file")
 
@@ -259,33 +260,10 @@ def test_sixteen_bit_logits_are_those_of_transformers_but_for_rounding(dtype):
 
 # Sizes -------------------------------------------------------------------------------------------
 
-OLMOE_7B = {
-    "model_type": "olmoe",
-    "vocab_size": 50304,
-    "hidden_size": 2048,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-}
-MIXTRAL_8X7B = {
-    "model_type": "mixtral",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-}
-
 
 @pytest.mark.parametrize(
     ("config", "tensors", "total", "idle_experts"),
-    [(OLMOE_7B, 3219, 6_919_161_856, 56), (MIXTRAL_8X7B, 995, 46_702_792_704, 6)],
+    [(OLMOE_1B_7B, 3219, 6_919_161_856, 56), (MIXTRAL_8X7B, 995, 46_702_792_704, 6)],
     ids=["OLMoE-1B-7B", "Mixtral-8x7B"],
 )
 def test_the_published_models_have_as_many_tensors_and_parameters_as_their_files(

@@ -22,7 +22,17 @@ import perft
 from data import hub
 from model import EMBEDDED, Config, MoETransformer, active_parameters
 from moe import load_balancing_loss
-from perft import apply_perft, load_adapter, merge, report, save_adapter, warnings_for, what_trains
+from perft import (
+    MIXTRAL_8X7B,
+    OLMOE_1B_7B,
+    apply_perft,
+    load_adapter,
+    merge,
+    report,
+    save_adapter,
+    warnings_for,
+    what_trains,
+)
 
 SIZES = {
     "vocab_size": 53,
@@ -606,53 +616,31 @@ def test_the_balance_loss_of_frozen_routers_reaches_the_adapters_before_them():
 
 # Counting ----------------------------------------------------------------------------------------
 
-OLMOE_7B = {
-    "model_type": "olmoe",
-    "vocab_size": 50304,
-    "hidden_size": 2048,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-}
-MIXTRAL_47B = {
-    "model_type": "mixtral",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-}
 # base, variant, options, trainable, activated: the numbers of the papers and of the authors' runs
 COUNTS = [
-    (OLMOE_7B, "perft_s", {"rank": 8}, 65_536 * 8, 65_536 * 8),
-    (OLMOE_7B, "perft_d", {"rank": 3, "num_adapters": 5}, 5 * 65_536 * 3, 5 * 65_536 * 3),
-    (OLMOE_7B, "perft_r", {"rank": 16, "num_adapters": 4, "top_k": 2}, 4_325_376, 2_228_224),
+    (OLMOE_1B_7B, "perft_s", {"rank": 8}, 65_536 * 8, 65_536 * 8),
+    (OLMOE_1B_7B, "perft_d", {"rank": 3, "num_adapters": 5}, 5 * 65_536 * 3, 5 * 65_536 * 3),
+    (OLMOE_1B_7B, "perft_r", {"rank": 16, "num_adapters": 4, "top_k": 2}, 4_325_376, 2_228_224),
     (
-        OLMOE_7B,
+        OLMOE_1B_7B,
         "perft_r",
         {"rank": 3, "num_adapters": 8, "top_k": 3},
         8 * (65_536 * 3 + 32_768),
         3 * 65_536 * 3 + 8 * 32_768,
     ),
-    (OLMOE_7B, "perft_e", {"rank": 4}, 4_194_304 * 4, 65_536 * 8 * 4),
-    (OLMOE_7B, "lora_qv", {"rank": 32}, 131_072 * 32, 131_072 * 32),
-    (MIXTRAL_47B, "perft_s", {"rank": 16}, 262_144 * 16, 262_144 * 16),
-    (MIXTRAL_47B, "perft_d", {"rank": 16, "num_adapters": 4}, 4 * 262_144 * 16, 4 * 262_144 * 16),
+    (OLMOE_1B_7B, "perft_e", {"rank": 4}, 4_194_304 * 4, 65_536 * 8 * 4),
+    (OLMOE_1B_7B, "lora_qv", {"rank": 32}, 131_072 * 32, 131_072 * 32),
+    (MIXTRAL_8X7B, "perft_s", {"rank": 16}, 262_144 * 16, 262_144 * 16),
+    (MIXTRAL_8X7B, "perft_d", {"rank": 16, "num_adapters": 4}, 4 * 262_144 * 16, 4 * 262_144 * 16),
     (
-        MIXTRAL_47B,
+        MIXTRAL_8X7B,
         "perft_r",
         {"rank": 8, "num_adapters": 8, "top_k": 2},
         8 * (262_144 * 8 + 32 * 4096),
         2 * 262_144 * 8 + 8 * 32 * 4096,
     ),
-    (MIXTRAL_47B, "perft_e", {"rank": 3}, 2_097_152 * 3, 2 * 262_144 * 3),
-    (MIXTRAL_47B, "lora_qv", {"rank": 32}, 425_984 * 32, 425_984 * 32),
+    (MIXTRAL_8X7B, "perft_e", {"rank": 3}, 2_097_152 * 3, 2 * 262_144 * 3),
+    (MIXTRAL_8X7B, "lora_qv", {"rank": 32}, 425_984 * 32, 425_984 * 32),
 ]
 
 
@@ -691,8 +679,8 @@ def formula(config, base):
 def test_what_trains_is_what_the_papers_formulas_say(base, variant):
     """Of the models of the lesson, which counts them and knows no formula."""
     configs = {
-        "OLMoE-1B-7B": hub.make_config(OLMOE_7B, Config),
-        "Mixtral-8x7B": hub.make_config(MIXTRAL_47B, Config),
+        "OLMoE-1B-7B": hub.make_config(OLMOE_1B_7B, Config),
+        "Mixtral-8x7B": hub.make_config(MIXTRAL_8X7B, Config),
         "data/tiny_olmoe": Config.from_folder(EMBEDDED),
     }
     with torch.device("meta"):
@@ -704,7 +692,7 @@ def test_what_trains_is_what_the_papers_formulas_say(base, variant):
 
 @pytest.mark.parametrize(
     ("base", "total", "active"),
-    [(OLMOE_7B, 6_919_161_856, 1_282_017_280), (MIXTRAL_47B, 46_702_792_704, 12_879_925_248)],
+    [(OLMOE_1B_7B, 6_919_161_856, 1_282_017_280), (MIXTRAL_8X7B, 46_702_792_704, 12_879_925_248)],
 )
 def test_the_real_models_have_the_published_sizes_with_and_without_adapters(base, total, active):
     """Total and activated; the report shows both, and adapters are no part of them."""
@@ -1367,7 +1355,7 @@ def test_the_lesson_runs_and_its_counts_are_the_formulas(capsys):
     text = capsys.readouterr().out
     assert "4,325,376" in text and "2,228,224" in text
     lines = [line.split() for line in text.splitlines()]
-    for base in (OLMOE_7B, MIXTRAL_47B):
+    for base in (OLMOE_1B_7B, MIXTRAL_8X7B):
         config = hub.make_config(base, Config)
         for variant in (*perft.PERFT, "lora_qv"):
             trained, met = formula(perft.PerftConfig(variant), config)
