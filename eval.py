@@ -643,7 +643,13 @@ def make_parser(question: str, trained: dict) -> run.Parser:
         hint = "draw from the likeliest tokens of this mass (%(default)s)"
         share = number(float, 0, above=True, most=1)
         add("--top_p", type=share, default=1.0, metavar="X", help=hint)
-        add("--seed", type=number(int, 0, most=2**63), default=0, metavar="N", help="(%(default)s)")
+        add(
+            "--seed",
+            type=number(int, 0, most=2**63 - 1),
+            default=0,
+            metavar="N",
+            help="(%(default)s)",
+        )
         parser.set_defaults(act=answer_prompt)
         return parser
 

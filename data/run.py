@@ -10,7 +10,7 @@ A run folder holds config.json (every setting), metrics.jsonl (one JSON object a
 trained, and while the run is unfinished state.safetensors: the trained parameters and AdamW's
 moments.
 
-This file imports no torch: it is there, and guards the command, before torch has been imported.
+This file imports no torch: tokenizers, skills and downloads stand on it, and do without.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -175,7 +176,8 @@ def command(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def guarded(*arguments):
-        before = signal.signal(signal.SIGTERM, terminate)
+        in_charge = threading.current_thread() is threading.main_thread()  # else Python objects
+        before = signal.signal(signal.SIGTERM, terminate) if in_charge else None
         try:
             return main(*arguments)
         except (ValueError, OSError) as error:
@@ -184,7 +186,8 @@ def command(main: Callable) -> Callable:
             print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
             sys.exit(getattr(stop, "code", 130))
         finally:
-            signal.signal(signal.SIGTERM, before)
+            if in_charge:
+                signal.signal(signal.SIGTERM, before)
 
     return guarded
 

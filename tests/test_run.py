@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -539,3 +540,12 @@ def test_types_of_flags_have_names_that_argparse_can_say():
     with pytest.raises(argparse.ArgumentTypeError):
         run.count("0")
     assert run.count.__name__ == "whole number" and run.positive.__name__ == "number"
+
+
+def test_a_command_runs_in_another_thread_too():
+    """Where Python allows no signal handler: a notebook, a server."""
+    done = []
+    thread = threading.Thread(target=run.command(lambda: done.append(1)))
+    thread.start()
+    thread.join()
+    assert done == [1]
