@@ -296,6 +296,11 @@ def paper_balance(config: Config) -> float:
     return 0.02 if config.model_type == "mixtral" else 0.01
 
 
+# what the rest of the program asks of every run, though not every parser has it: None there
+NOT_ALWAYS = """task train_rows eval_rows data recipe epochs max_length template held_out experts p
+    bind_groups score_rows train_router adapter_balance gate_share top_k""".split()
+
+
 def parse_args(argv=None) -> Namespace:
     asked = peek(argv)
     try:
@@ -315,14 +320,6 @@ def parse_args(argv=None) -> Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
-
-
-# what the rest of the program asks of every run
-NOT_ALWAYS = (
-    *("task", "train_rows", "eval_rows", "data", "recipe", "epochs", "max_length", "template"),
-    *("held_out", "experts", "p", "bind_groups", "score_rows", "train_router", "adapter_balance"),
-    *("gate_share", "top_k"),
-)
 
 
 def peek(argv) -> Asked:
