@@ -31,13 +31,38 @@ from tqdm import tqdm
 LARGEST_JSON = 200_000_000  # bytes; the largest tokenizer.json that we know has 17 million
 
 
-def read_json(path: str | Path) -> dict:
-    """The JSON object in a file. FileNotFoundError or ValueError of one line otherwise."""
+KINDS = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def read_json(path: str | Path, **kinds: type) -> dict:
+    """The JSON object in a file, whoever wrote it. `rank=int, base=dict`: what these keys hold, if
+    they are there and not null. FileNotFoundError or ValueError of one line otherwise."""
     path = Path(path)
     content = parse_json(read_text(path), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    for key, kind in kinds.items():
+        value = content.get(key)
+        if value is not None and not is_kind(value, kind):
+            raise ValueError(f"{path}: {key} is {shown(value)}, expected {KINDS[kind]}")
     return content
+
+
+def is_kind(value, kind: type) -> bool:
+    """Is a value from a file of this kind? true is no number, and numbers are finite and have a
+    size that a float or an int64 holds."""
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 1e300
+    if kind is int:
+        return type(value) is int and abs(value) < 2**63
+    return type(value) is kind
 
 
 def read_text(path: Path) -> str:

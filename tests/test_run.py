@@ -59,6 +59,34 @@ def test_what_is_no_json_object_is_named(tmp_path, case):
     fault(lambda: run.read_json(path), path, *words)
 
 
+KEYS = {
+    "a": (str, 5, "a is 5, expected a text"),
+    "rank": (int, True, "rank is true, expected a whole number"),
+    "rank_": (int, 2**63, "rank_ is 9223372036854775808, expected a whole number"),
+    "x": (float, float("nan"), "x is NaN, expected a number"),
+    "y": (float, 10**400, "expected a number"),
+    "b": (bool, 1, "b is 1, expected true or false"),
+    "l": (list, {}, "l is {}, expected a list"),
+    "o": (dict, [], "o is [], expected an object"),
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_that_holds_another_kind_is_named(tmp_path, key):
+    kind, value, words = KEYS[key]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({key: value}))
+    fault(lambda: run.read_json(path, **{key: kind}), path, words)
+
+
+def test_keys_of_the_right_kind_are_taken_and_missing_ones_are_no_fault(tmp_path):
+    content = {"a": "t", "rank": -3, "x": 2, "b": False, "l": [1], "o": {}, "more": None}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content))
+    kinds = {"a": str, "rank": int, "x": float, "b": bool, "l": list, "o": dict}
+    assert run.read_json(path, **kinds, more=int, missing=str) == content
+
+
 def test_what_is_no_file_is_named_and_not_opened(tmp_path, monkeypatch):
     """Missing; a folder; a pipe, of which a read would never end; and more than any such file."""
     path = tmp_path / "a.json"
