@@ -1,14 +1,20 @@
-"""A decoder-only transformer with Mixture-of-Experts blocks that loads OLMoE and Mixtral exactly.
+"""A decoder-only transformer with Mixture-of-Experts blocks: OLMoE, Mixtral and Qwen3-MoE, exactly.
 
     x = embed(token)
     x = x + attention(norm(x));  x = x + moe(norm(x))          num_hidden_layers times
     logits = lm_head(norm(x))
 
-OLMoE and Mixtral are one network with four switches, read from the checkpoint's own config.json
-(the first one from its model_type): OLMoE normalises queries and keys (over the whole hidden size,
-before the heads are split) and may clip q, k, v (`clip_qkv`); Mixtral shares each key/value head
-among several query heads (`num_key_value_heads`) and makes a token's expert weights sum to 1
-(`norm_topk_prob`).
+The three are one network with switches, read from the checkpoint's own config.json (the first one
+from its model_type):
+
+                                              OLMoE               Mixtral    Qwen3-MoE
+    norm of queries and keys                  over all heads      none       over each head
+    q, k, v clipped (`clip_qkv`)              in some             no         no
+    query heads that share a key/value head   1                   4          8
+        (`num_key_value_heads`)
+    a head's channels (`head_dim`)            hidden_size/heads   the same   more
+    a token's expert weights sum to 1         no                  yes        yes
+        (`norm_topk_prob`)
 
 Shapes: B batch, T time, N = B*T tokens, D hidden_size, F intermediate_size, E num_experts,
 K experts per token, V vocab_size; S keys seen by the attention (T, or what the cache holds),
@@ -20,8 +26,8 @@ nothing.
 This file is the network. Reading and writing a Hugging Face folder is data/hub.py, generating text
 is data/decode.py, several GPUs are data/shard.py; the model has a thin door to each.
 
-Left out: sliding-window attention, rope scaling, attention biases (such a checkpoint is refused,
-not approximated).
+Left out: sliding-window attention, rope scaling, attention biases, layers without experts (such a
+checkpoint is refused, not approximated).
 
     python model.py FOLDER        what is in a model folder: configuration, parameters, active ones
 """
@@ -52,7 +58,7 @@ class Config:
 
     vocab_size: int
     hidden_size: int
-    intermediate_size: int  # of one expert
+    intermediate_size: int  # of one expert; Qwen3-MoE's files call it moe_intermediate_size
     num_hidden_layers: int
     num_attention_heads: int
     num_experts: int  # Mixtral's files call it num_local_experts
@@ -81,8 +87,11 @@ class Config:
             raise ValueError(
                 f"{heads} attention heads do not share {kv_heads} key/value heads evenly"
             )
-        if heads * self.head_dim >= 2**31:
-            raise ValueError(f"{heads} attention heads of {self.head_dim} channels are too many")
+        widest = max(
+            self.vocab_size, heads * self.head_dim, self.num_experts * self.intermediate_size
+        )
+        if self.hidden_size * widest >= 2**59:  # more bytes than an int64 counts
+            raise ValueError(f"{self.hidden_size} x {widest} weights are too many")
         if self.head_dim == 0 or self.head_dim % 2 != 0:
             raise ValueError(
                 f"head_dim {self.head_dim} is odd or 0; rotary positions turn pairs of channels"
@@ -117,7 +126,7 @@ class Config:
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32 whatever the dtype."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
@@ -135,7 +144,7 @@ class Rotary(NamedTuple):
     sin: torch.Tensor  # (T, C)
 
     @classmethod
-    def at(cls, positions: torch.Tensor, config: Config, dtype: torch.dtype) -> "Rotary":
+    def at(cls, positions, config: Config, dtype):
         """positions (T,) -> the turns of these positions."""
         channel = torch.arange(0, config.head_dim, 2, device=positions.device).float()
         frequency = config.rope_theta ** (-channel / config.head_dim)  # (C/2,)
@@ -164,18 +173,24 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
-        normed = c.model_type == "olmoe"  # no key of config.json says so
-        self.q_norm = RMSNorm(q_size, c.rms_norm_eps) if normed else nn.Identity()
-        self.k_norm = RMSNorm(kv_size, c.rms_norm_eps) if normed else nn.Identity()
+        # no key of config.json says which norms there are
+        self.norm_each_head = c.model_type == "qwen3_moe"
+        sizes = (c.head_dim, c.head_dim) if self.norm_each_head else (q_size, kv_size)
+        self.q_norm, self.k_norm = (RMSNorm(size, c.rms_norm_eps) for size in sizes)
+        if c.model_type == "mixtral":
+            self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x, rotary: Rotary, visible=None, cache=None, layer: int = 0):
+    def forward(self, x, rotary, visible=None, cache=None, layer=0):
         """x (B, T, D) -> (B, T, D).
 
         visible: bool (B or 1, 1, T, S), None for plain causal attention.
         cache: a decode.KVCache, where this layer's keys and values go, and are taken from.
         """
         B, T, _ = x.shape
-        q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.norm_each_head:
+            q, k = (t.view(B, T, -1, self.head_dim) for t in (q, k))
+        q, k = self.q_norm(q), self.k_norm(k)
         if self.clip_qkv is not None:
             q, k, v = (t.clamp(-self.clip_qkv, self.clip_qkv) for t in (q, k, v))
         q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))
@@ -196,13 +211,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.moe = MoE(config)
 
-    def forward(self, x, rotary, visible=None, cache=None, layer=0) -> tuple[torch.Tensor, Routing]:
+    def forward(self, x, rotary, visible=None, cache=None, layer=0):
+        """x (B, T, D) -> the same, and the Routing of its tokens."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, visible, cache, layer)
         y, routing = self.moe(self.post_attention_layernorm(x))
         return x + y, routing
 
 
-def visible_keys(start: int, end: int, attention_mask, device) -> torch.Tensor:
+def visible_keys(start, end, attention_mask, device):
     """Which of the keys 0..end-1 may the queries start..end-1 see? None after them, no padding.
 
     attention_mask (B, end) or None -> bool (B or 1, 1, T, S)
@@ -222,7 +238,7 @@ def visible_keys(start: int, end: int, attention_mask, device) -> torch.Tensor:
 CHUNK = 1024  # rows: with OLMoE's 50,304 logits each, 0.2 GB in passing
 
 
-def summed_cross_entropy(x, weight, labels) -> torch.Tensor:
+def summed_cross_entropy(x, weight, labels):
     """x (n, D), weight (V, D), labels (n,) -> the sum of -log softmax(x weight^T)[label], float32.
 
     n rows of V logits would dwarf all other activations (196 KiB a token for OLMoE). So no more
@@ -238,7 +254,7 @@ def summed_cross_entropy(x, weight, labels) -> torch.Tensor:
     return sum(recomputed(rows, weight, ids) for rows, ids in chunks)
 
 
-def chunk_loss(x, weight, labels) -> torch.Tensor:
+def chunk_loss(x, weight, labels):
     logits = F.linear(x, weight.to(x.dtype))
     precise = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(precise), labels, reduction="sum")
@@ -251,7 +267,7 @@ class Targets(NamedTuple):
     label: torch.Tensor  # (n,) the token id that follows there
 
 
-def find_targets(labels: torch.Tensor, device: torch.device) -> Targets:
+def find_targets(labels, device) -> Targets:
     """labels (B, T), -100 where there is none -> Targets on `device`.
 
     How many there are decides shapes, so a search on the GPU would make the CPU wait for it.
@@ -351,7 +367,7 @@ class MoETransformer(nn.Module):
         loss = summed_cross_entropy(rows, self.lm_head.weight, targets.label)
         return Output(None, routings, loss / (len(rows) if loss_divisor is None else loss_divisor))
 
-    def check_input(self, input_ids: torch.Tensor, length: int):
+    def check_input(self, input_ids, length):
         positions, vocab = self.config.max_position_embeddings, self.config.vocab_size
         if length > positions:
             raise ValueError(
@@ -403,7 +419,7 @@ class MoETransformer(nn.Module):
         weights.fill(hub.places(model, weights.fused))
         return model.eval()
 
-    def allocate(self, device: str | torch.device):
+    def allocate(self, device):
         """Memory for what has none yet; what an edit drew already moves to the device."""
 
         def materialise(t):
@@ -458,12 +474,12 @@ class MoETransformer(nn.Module):
             return [[] for _ in prompts]
         was_training = self.training
         self.eval()  # no dropout while it speaks
-        if num_beams > 1:
-            new = decode.beam_search(self, prompts, max_new_tokens, num_beams)
-        else:
-            new = decode.sample(self, prompts, max_new_tokens, temperature, top_p, seed)
-        self.train(was_training)
-        return new
+        try:
+            if num_beams > 1:
+                return decode.beam_search(self, prompts, max_new_tokens, num_beams)
+            return decode.sample(self, prompts, max_new_tokens, temperature, top_p, seed)
+        finally:
+            self.train(was_training)
 
 
 def parameter_count(config: Config) -> int:

@@ -17,6 +17,7 @@ is the way in.
 Shapes: B prompts, W beams of each, V vocabulary, T time, S keys in the cache, C channels of a head.
 """
 
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -36,9 +37,10 @@ class KVCache:
     def append(self, layer, k, v):
         """Store k, v (B, heads, T, C) behind what is there; return all S of the layer."""
         end = self.used + k.shape[2]
-        self.stored[layer, 0, :, :, self.used : end] = k
-        self.stored[layer, 1, :, :, self.used : end] = v
-        return self.stored[layer, 0, :, :, :end], self.stored[layer, 1, :, :, :end]
+        seen = self.stored[layer, ..., :end, :]  # (2, B, H, S, C)
+        seen[0, :, :, self.used :] = k
+        seen[1, :, :, self.used :] = v
+        return seen[0], seen[1]
 
     def select(self, rows):
         """Keep these batch rows, in this order (a beam search follows some and drops others)."""
@@ -48,7 +50,7 @@ class KVCache:
 class Decoder:
     """A batch of prompts, padded on the left, and what the model has computed for them so far."""
 
-    def __init__(self, model, prompts: list[list[int]], max_new_tokens: int):
+    def __init__(self, model, prompts, max_new_tokens):
         """ValueError for ids that the model does not have, and for more tokens than positions."""
         ids = padded(prompts)
         mask = padded([[1] * (len(prompt) + max_new_tokens) for prompt in prompts])
@@ -77,10 +79,7 @@ def padded(rows):
 
 
 def before_eos(ids, eos_ids):
-    for place, token in enumerate(ids):
-        if token in eos_ids:
-            return ids[:place]
-    return ids
+    return list(takewhile(lambda token: token not in eos_ids, ids))
 
 
 # One text a prompt --------------------------------------------------------------------------------

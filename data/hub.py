@@ -20,7 +20,8 @@ The places of a parameter that is cut over several processes (data/shard.py) tak
 this process holds; a parameter is gathered once when it is written, and the first process writes.
 
 A config key that would change the network in a way that model.py does not know (rope scaling,
-attention biases, a sliding window) is refused, not ignored. Keys that change nothing here are kept.
+attention biases, a sliding window, layers without experts) is refused, not ignored. Keys that
+change nothing here are kept. A tensor that holds NaN or an infinity is refused too, and named.
 
 Every fault is a ValueError or a FileNotFoundError of one line: where, what, what to do.
 """
@@ -28,8 +29,10 @@ Every fault is a ValueError or a FileNotFoundError of one line: where, what, wha
 import dataclasses
 import json
 import mmap
-import sys
+import re
+from collections import Counter
 from collections.abc import Mapping
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -53,44 +56,73 @@ FILE_DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
-SHOW_PROGRESS_FROM = 500_000_000  # bytes: below this a load takes a moment
 
 
 # config.json -------------------------------------------------------------------------------------
 
-ARCHITECTURES = {"olmoe": "OlmoeForCausalLM", "mixtral": "MixtralForCausalLM"}
+
+class Family(NamedTuple):
+    """How a model_type's config.json differs from the fields of model.Config."""
+
+    architecture: str
+    assumed: dict  # key -> what is meant if the file does not say
+    experts: str = "num_experts"  # the key of that field in files on the hub
+    width: str = "intermediate_size"  # the key of an expert's
 
 
-def is_count(value) -> bool:
-    return type(value) is int and 0 < value < 2**31  # type(): Python counts true as an int
-
-
-def is_number(value) -> bool:
-    return type(value) in (int, float) and 0 <= value < float("inf")
-
-
-def is_token_ids(value) -> bool:
-    ids = value if isinstance(value, list) else [value]
-    return all(type(i) is int and 0 <= i < 2**31 for i in ids)
-
-
-# type of a key -> what its value must be, in words and as a test
-RULES = {
-    int: ("a positive integer", is_count),
-    float: ("a number >= 0", is_number),
-    bool: ("true or false", lambda value: type(value) is bool),
-    str: ("a text", lambda value: isinstance(value, str)),
+FAMILIES = {
+    "olmoe": Family("OlmoeForCausalLM", {"rope_theta": 1e4}),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {"rope_theta": 1e6, "router_aux_loss_coef": 1e-3},
+        experts="num_local_experts",
+    ),
+    # Qwen3's "intermediate_size" is of layers without experts: there are none, but it is kept
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {"rope_theta": 1e4, "router_aux_loss_coef": 1e-3, "rms_norm_eps": 1e-6},
+        width="moe_intermediate_size",
+    ),
 }
-TOKEN_IDS = ("a token id or a list of them", is_token_ids)
+# key -> the one value (beside null) that leaves the network as model.py has it
+NEUTRAL = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+}
+WANTED = {
+    int: "a positive integer",
+    float: "a number >= 0",
+    bool: "true or false",
+    str: "a text",
+}
+
+
+def fits(value, kind) -> bool:
+    if kind is int:
+        return run.is_kind(value, int) and 0 < value < 2**31
+    return run.is_kind(value, kind) and (kind is not float or value >= 0)
+
+
+def is_whole(numbers, most=2**63) -> bool:
+    """A list of integers from 0 up? type(): Python counts true as one."""
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < most for n in numbers)
 
 
 def read_config(folder: str | Path, kind: type):
     """Read folder/config.json into `kind`, a dataclass whose fields are the keys (model.Config)."""
-    if not Path(folder).is_dir():
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not folder.is_dir():
+        is_repo = str(folder).count("/") == 1
         raise FileNotFoundError(
-            f"{folder}: no such folder; give a folder with config.json and model.safetensors"
+            f"{folder}: no such folder; give one with config.json and model.safetensors, or bring "
+            f"a model: python data/prepare.py {folder if is_repo else 'owner/model'}"
         )
-    path = Path(folder) / "config.json"
+    cached = sorted(folder.glob("snapshots/*/config.json"))
+    if cached and not path.exists():
+        raise FileNotFoundError(f"{folder}: the root of a hub cache; give {cached[-1].parent}")
     raw = run.read_json(path)
     try:
         return make_config(raw, kind)
@@ -101,18 +133,23 @@ def read_config(folder: str | Path, kind: type):
 def make_config(raw: dict, kind: type):
     """The content of a config.json -> `kind`. ValueError for what the network cannot be."""
     keys = one_spelling(raw)
-    refuse_other_networks(keys)
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.name != "extra"}
+    width = FAMILIES[keys["model_type"]].width
     known = {}
-    for name, f in fields.items():
-        value = keys.pop(name, None)
+    for f in dataclasses.fields(kind):
+        if f.name == "extra":
+            continue
+        key = width if f.name == "intermediate_size" else f.name
+        value = keys.pop(key, None)
         if value is None and f.default is not dataclasses.MISSING:
             continue  # null and missing are the default
         python_type = (get_args(f.type) or (f.type,))[0]  # int of `int | None`
-        wanted, fits = TOKEN_IDS if name.endswith("_token_id") else RULES[python_type]
-        if not fits(value):
-            raise ValueError(f"{name} is {run.shown(value)}; it must be {wanted}")
-        known[name] = value
+        wanted, fine = WANTED[python_type], fits(value, python_type)
+        if key.endswith("_token_id"):
+            wanted = "a token id or a list of them"
+            fine = is_whole(value if isinstance(value, list) else [value], most=2**31)
+        if not fine:
+            raise ValueError(f"{key} is {run.shown(value)}; it must be {wanted}")
+        known[f.name] = value
     return kind(**known, extra=keys)
 
 
@@ -120,53 +157,41 @@ def one_spelling(raw: dict) -> dict:
     """The keys as hub files of 2024 have them, with what a family takes for granted filled in."""
     keys = {name: value for name, value in raw.items() if name not in ("dtype", "torch_dtype")}
     family = keys.get("model_type")
-    if family not in list(ARCHITECTURES):
+    if family not in list(FAMILIES):
         raise ValueError(
-            f"model_type {run.shown(family)} is not supported; "
-            f"supported: {', '.join(ARCHITECTURES)}"
+            f"model_type {run.shown(family)} is not supported; supported: {', '.join(FAMILIES)}"
         )
-    rope = keys.pop("rope_parameters", None) or {}
-    scaling = keys.pop("rope_scaling", None) or {}
-    if not isinstance(rope, dict) or not isinstance(scaling, dict):
-        raise ValueError("rope_parameters or rope_scaling is no object")
-    rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type")
-    if rope_type not in (None, "default"):
-        raise ValueError(f"rope type {run.shown(rope_type)} is not supported; only 'default' is")
-    if keys.get("rope_theta") is None:
-        usual = 1e6 if family == "mixtral" else 1e4
-        keys["rope_theta"] = rope.get("rope_theta", usual)
-    if "num_local_experts" in keys:
-        experts = keys.pop("num_local_experts")
-        keys.setdefault("num_experts", experts)
+    for key, neutral in NEUTRAL.items():
+        if keys.get(key) not in (None, neutral):
+            raise ValueError(f"{key} {run.shown(keys[key])} is not supported; only {neutral} is")
+    windowed = family != "qwen3_moe" or keys.get("use_sliding_window")
+    if windowed and keys.get("sliding_window") is not None:
+        raise ValueError("sliding_window attention is not supported; only null is")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = keys.pop(key, None) or {}
+        rope_type = isinstance(rope, dict) and (rope.get("rope_type") or rope.get("type"))
+        if rope_type not in (None, "default"):
+            raise ValueError(f"{key} {run.shown(rope)} is not supported; only rope_type default is")
+        if keys.get("rope_theta") is None:
+            keys["rope_theta"] = rope.get("rope_theta")
+    if "num_local_experts" in keys:  # Mixtral's, and whatever transformers 5 wrote
+        keys["num_experts"] = keys.pop("num_local_experts")
     if family == "mixtral":
         keys["norm_topk_prob"] = True  # not a key of its config: always so
+    for key, value in FAMILIES[family].assumed.items():
+        if keys.get(key) is None:
+            keys[key] = value
     return keys
-
-
-def refuse_other_networks(keys: dict):
-    if keys.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {run.shown(keys['hidden_act'])} is not supported")
-    if keys.get("attention_bias"):
-        raise ValueError("attention_bias is not supported")
-    if keys.get("sliding_window") is not None:
-        raise ValueError("sliding_window attention is not supported; only null is")
 
 
 def config_keys(config) -> dict:
     """The content of a config.json in the hub's spelling, which transformers of any age reads."""
     keys = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     extra = keys.pop("extra")
-    if config.model_type == "mixtral":
-        keys["num_local_experts"] = keys.pop("num_experts")
-        del keys["norm_topk_prob"]
-    else:
-        del keys["head_dim"]  # OLMoE has no such key: always hidden_size / heads
-    return {
-        "architectures": [ARCHITECTURES[config.model_type]],
-        "hidden_act": "silu",
-        **extra,
-        **keys,
-    }
+    family = FAMILIES[config.model_type]
+    keys[family.experts] = keys.pop("num_experts")
+    keys[family.width] = keys.pop("intermediate_size")
+    return {"architectures": [family.architecture], "hidden_act": "silu"} | extra | keys
 
 
 # Places ------------------------------------------------------------------------------------------
@@ -181,12 +206,7 @@ class Place(NamedTuple):
 
     @property
     def shape(self) -> list[int]:
-        shape = list(self.parameter.shape)
-        if self.expert is not None:
-            shape = shape[1:]
-        if self.half is not None:
-            shape[0] //= 2
-        return shape
+        return list(self.of(torch.empty(self.parameter.shape, device="meta")).shape)
 
     def of(self, stack: torch.Tensor, first: int = 0) -> torch.Tensor:
         """This place's part of its parameter, of which `stack` holds the rows from `first` on."""
@@ -218,6 +238,11 @@ class Stack(NamedTuple):
             place.fill(matrix)
 
 
+Table = dict[str, Place | Stack]  # tensor name in a file -> its place
+
+# The names of a layer's MoE and of each expert's three matrices.
+MOE_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj")
+MIXTRAL_NAMES = ("block_sparse_moe", "w1", "w3", "w2")
 # What a layer has beside its MoE; queries and keys have norms in some families only.
 ATTENTION_HALF = (
     "input_layernorm.weight",
@@ -231,7 +256,7 @@ ATTENTION_HALF = (
 )
 
 
-def places(model, fused=False) -> dict[str, Place | Stack]:
+def places(model, fused=False) -> Table:
     """Tensor name in a Hugging Face folder -> its place in the model (a model.MoETransformer).
 
     fused: the experts of a layer as two stacked tensors, as transformers 5 holds them in memory and
@@ -239,6 +264,7 @@ def places(model, fused=False) -> dict[str, Place | Stack]:
     Adapters have no names in such a folder and are passed over.
     """
     mixtral = model.config.model_type == "mixtral" and not fused
+    moe, gate, up, down = MIXTRAL_NAMES if mixtral else MOE_NAMES
     table = {
         "model.embed_tokens.weight": Place(model.embed_tokens.weight),
         "model.norm.weight": Place(model.norm.weight),
@@ -247,27 +273,25 @@ def places(model, fused=False) -> dict[str, Place | Stack]:
         table["lm_head.weight"] = Place(model.lm_head.weight)
     for i, block in enumerate(model.layers):
         layer = f"model.layers.{i}"
-        parameters = dict(block.named_parameters())
-        for name in ATTENTION_HALF:
-            if name in parameters:
-                table[f"{layer}.{name}"] = Place(parameters[name])
-        moe = f"{layer}.block_sparse_moe" if mixtral else f"{layer}.mlp"
-        table[f"{moe}.gate.weight"] = Place(block.moe.router.weight)
-        gate_up, down = expert_places(block.moe.experts, model.config.num_experts)
+        for name, p in block.named_parameters():
+            if name in ATTENTION_HALF:
+                table[f"{layer}.{name}"] = Place(p)
+        table[f"{layer}.{moe}.gate.weight"] = Place(block.moe.router.weight)
+        gate_ups, downs = expert_places(block.moe.experts, model.config.num_experts)
+        experts = f"{layer}.{moe}.experts"
         if fused:
-            table[f"{moe}.experts.gate_up_proj"] = Stack(gate_up)
-            table[f"{moe}.experts.down_proj"] = Stack(down)
+            table[f"{experts}.gate_up_proj"] = Stack(gate_ups)
+            table[f"{experts}.down_proj"] = Stack(downs)
             continue
-        names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-        for e, place in enumerate(gate_up):
-            table[f"{moe}.experts.{e}.{names[0]}.weight"] = place._replace(half=0)
-            table[f"{moe}.experts.{e}.{names[1]}.weight"] = place._replace(half=1)
-        for e, place in enumerate(down):
-            table[f"{moe}.experts.{e}.{names[2]}.weight"] = place
+        for e, place in enumerate(gate_ups):
+            table[f"{experts}.{e}.{gate}.weight"] = place._replace(half=0)
+            table[f"{experts}.{e}.{up}.weight"] = place._replace(half=1)
+        for e, place in enumerate(downs):
+            table[f"{experts}.{e}.{down}.weight"] = place
     return table
 
 
-def expert_places(experts, count: int) -> tuple[list[Place], list[Place]]:
+def expert_places(experts, count):
     """The places of each expert's gate_up and down matrix. Experts that are kept in another order
     (esft.py) know themselves where each is."""
     if hasattr(experts, "places"):
@@ -288,77 +312,58 @@ class SafetensorsFile(Mapping):
         if not self.path.exists():
             raise FileNotFoundError(f"{path}: no such file; is the folder complete?")
         if not self.path.is_file():
-            raise ValueError(f"{path}: is not a regular file; copy or download it again")
+            self.fail("is not a regular file; copy or download it again")
         size = self.path.stat().st_size
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                self.fail_short(length, size)
+            first = file.read(8)
+            if first == b"version ":
+                self.fail("is a Git LFS pointer, not the weights; fetch them with: git lfs pull")
+            length = int.from_bytes(first, "little")
+            self.start = 8 + length
+            if self.start > size:
+                self.fail(f"the header should have {length} bytes, the file has {size}; cut off?")
             header = file.read(length)
             # "copy": torch wants memory that it may write
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self.start = 8 + length
         self.entries = self.parse(header)
         self.check(size - self.start)
 
     def fail(self, message: str):
         raise ValueError(f"{self.path}: {message}")
 
-    def fail_short(self, length: int, size: int):
-        with open(self.path, "rb") as file:
-            if file.read(24).startswith(b"version https://git-lfs"):
-                self.fail("is a Git LFS pointer, not the weights; fetch them with: git lfs pull")
-        self.fail(f"the header should have {length} bytes, the file has {size}; it is cut off")
-
-    def parse(self, header: bytes) -> dict:
-        twice = []
-
-        def no_duplicates(pairs):
-            names = [name for name, _ in pairs]
-            if len(set(names)) < len(names):
-                twice.append(max(names, key=names.count))
-            return dict(pairs)
-
+    def parse(self, header):
         try:
-            entries = json.loads(header.decode("utf-8"), object_pairs_hook=no_duplicates)
-        except (ValueError, RecursionError):  # also a number of more digits than Python takes
-            self.fail("the header is not JSON; this is no safetensors file, or it is corrupt")
-        if twice:
-            self.fail(f"{run.shown(twice[0])} stands in the header twice; the file is corrupt")
+            entries = json.loads(header.decode("utf-8"), object_pairs_hook=without_duplicates)
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+            self.fail(f"the header is not JSON ({error}); the file is corrupt, or of another kind")
         if not isinstance(entries, dict):
-            self.fail("the header is not a JSON object; the file is corrupt")
+            self.fail("the header is not a JSON object; the file is corrupt, or of another kind")
         entries.pop("__metadata__", None)
         return entries
 
-    def check(self, size: int):
+    def check(self, size):
         """Entries lie in the `size` bytes of data, fit their shapes, and do not overlap."""
-        spans = []
-        for name, entry in self.entries.items():
-            begin, end = self.check_entry(run.shown(name), entry, size)
-            spans.append((begin, end, name))
-        spans.sort()
-        for (_, end, name), (begin, _, other) in zip(spans, spans[1:]):
+        spans = [self.span(run.shown(name), entry, size) for name, entry in self.entries.items()]
+        for (_, end, one), (begin, _, other) in pairwise(sorted(spans)):
             if begin < end:
-                self.fail(
-                    f"tensors {run.shown(name)} and {run.shown(other)} overlap; it is corrupt"
-                )
+                self.fail(f"tensors {one} and {other} overlap; the file is corrupt")
 
-    def check_entry(self, name, entry, size) -> tuple[int, int]:
+    def span(self, name, entry, size):
+        """Where a tensor begins and ends, and its name."""
+        what = f"tensor {name} is {run.shown(entry)}"
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
-            self.fail(f"tensor {name} has no dtype, shape or data_offsets; the file is corrupt")
+            self.fail(f"{what}, which has no dtype, shape or data_offsets; the file is corrupt")
         if str(dtype) not in FILE_DTYPES:
-            self.fail(f"tensor {name} has dtype {run.shown(dtype)}; not {', '.join(FILE_DTYPES)}")
-        if not is_sizes(shape) or not is_sizes([begin, end]):
-            what = run.shown([shape, begin, end])
-            self.fail(f"tensor {name} has shape and offsets {what}; expected whole numbers >= 0")
+            self.fail(f"{what}; its dtype is none of {', '.join(FILE_DTYPES)}")
+        if not is_whole(shape) or not is_whole([begin, end]):
+            self.fail(f"{what}; expected whole numbers >= 0; the file is corrupt")
         if not begin <= end <= size:
             self.fail(f"tensor {name} lies at bytes {begin} to {end} of {size}; it is cut off")
         if end - begin != prod(shape) * FILE_DTYPES[dtype].itemsize:
-            what = f"{end - begin} bytes, which is not {dtype} {run.shown(shape)}"
-            self.fail(f"tensor {name} has {what}; the file is corrupt")
-        return begin, end
+            self.fail(f"{what}, of another size than its {end - begin} bytes; the file is corrupt")
+        return begin, end, name
 
     def __getitem__(self, name: str) -> torch.Tensor:
         entry = self.entries[name]
@@ -381,93 +386,96 @@ class SafetensorsFile(Mapping):
             self.map.madvise(mmap.MADV_DONTNEED)
 
 
-def is_sizes(value) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+def without_duplicates(pairs):
+    """For json's object_pairs_hook: of two entries of one name it would keep the second."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return content
 
 
 # Reading -----------------------------------------------------------------------------------------
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a model folder, or FileNotFoundError."""
+    """The safetensors files that a model folder must have."""
     folder = Path(folder)
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.exists() or not index.exists():
         return [single]
-    if not index.exists():
-        raise FileNotFoundError(
-            f"{folder}: neither model.safetensors nor {index.name}; is the download complete?"
-        )
-    weight_map = run.read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+    weight_map = run.read_json(index, weight_map=dict).get("weight_map")
+    if not weight_map:
         raise ValueError(f"{index}: no weight_map of tensor names to file names; download it again")
     for name in weight_map.values():
-        if Path(name).name != name:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}", name):
             raise ValueError(f"{index}: {run.shown(name)} is not the name of a file in this folder")
-    shards = [folder / name for name in sorted(set(weight_map.values()))]
-    missing = [path.name for path in shards if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder}: {len(missing)} of {len(shards)} shards are missing: {some(missing)}"
-        )
-    return shards
+    return [folder / name for name in sorted(set(weight_map.values()))]
 
 
 class Tensors:
-    """The tensors of some safetensors files, to be copied into their places, each exactly once."""
+    """The tensors of a safetensors file (or of some, which a message calls `source`), to be copied
+    into their places, each exactly once."""
 
-    def __init__(self, source: str | Path, files: list[Path]):
+    def __init__(self, source: str | Path, files: list[Path] | None = None):
         self.source = source
-        self.files = [SafetensorsFile(path) for path in files]
+        self.files = [SafetensorsFile(path) for path in files or [source]]
         self.names = [name for file in self.files for name in file]
 
-    def check(self, table: dict[str, Place | Stack]):
+    def check(self, table: Table):
         """ValueError if a tensor has no place, a place no tensor, a tensor stands in two files, or
         shapes differ; it names them."""
-        missing = sorted(table.keys() - set(self.names))
-        if missing:
-            raise ValueError(
-                f"{self.source}: {len(missing)} tensors are missing: {some(missing)}; is it "
-                "complete, and does its configuration belong to it?"
-            )
-        extra = sorted(set(self.names) - table.keys())
-        if extra:
-            raise ValueError(
-                f"{self.source}: {len(extra)} tensors that the model does not have: {some(extra)}; "
-                "does its configuration belong to it?"
-            )
-        if len(set(self.names)) < len(self.names):
-            twice = max(self.names, key=self.names.count)
-            raise ValueError(f"{self.source}: tensor {twice!r} stands in more than one file")
+        held = Counter(self.names)
+        twice = [name for name in held if held[name] > 1]
+        for names, what in (
+            (table.keys() - held, "tensors are missing"),
+            (held.keys() - table, "tensors that the model does not have"),
+            (twice, "tensors stand in more than one file"),
+        ):
+            if names:
+                raise ValueError(
+                    f"{self.source}: {len(names)} {what}: {run.shown(sorted(names))}; "
+                    "is it complete, and does its configuration belong to it?"
+                )
         for file in self.files:
             for name, entry in file.entries.items():
                 if table[name].shape != entry["shape"]:
-                    raise ValueError(
-                        f"{file.path}: tensor {name!r} has shape {run.shown(entry['shape'])}, "
-                        f"the model has {table[name].shape}"
+                    file.fail(
+                        f"tensor {run.shown(name)} has shape {run.shown(entry['shape'])}, the "
+                        f"model has {table[name].shape}; does its configuration belong to it?"
                     )
 
-    def fill(self, table: dict[str, Place | Stack]):
-        """Copy each tensor into its place, converting dtype and device, after all were checked."""
+    def fill(self, table: Table):
+        """Copy each tensor into its place, converting dtype and device, after names and shapes were
+        checked. ValueError for one with NaN or an infinity: those before it were copied."""
         self.check(table)
-        total = sum(entry_bytes(entry) for file in self.files for entry in file.entries.values())
-        show = total > SHOW_PROGRESS_FROM and processes.RANK == 0
-        if show and not sys.stderr.isatty():
-            print(
-                f"loading {total / 1e9:.1f} GB from {self.source} ...", file=sys.stderr, flush=True
-            )
-        off = None if show else True  # None: shown on a terminal
-        with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=off) as bar:
+        total = sum(len(file.map) for file in self.files)
+        bar = tqdm(
+            desc="loading",
+            total=total,
+            unit="B",
+            unit_scale=True,
+            delay=2,  # seconds: most loads take a moment
+            mininterval=2,
+            disable=processes.RANK > 0,
+        )
+        with bar:
             for file in self.files:
-                for name, entry in file.entries.items():
-                    table[name].fill(file[name])
+                for name, tensor in file.items():
+                    if not is_finite(tensor):
+                        file.fail(
+                            f"tensor {run.shown(name)} holds numbers that are not finite; "
+                            "copy or download it again"
+                        )
+                    table[name].fill(tensor)
                     file.forget()
-                    bar.update(entry_bytes(entry))
+                    bar.update(tensor.nbytes)
 
 
-def entry_bytes(entry: dict) -> int:
-    begin, end = entry["data_offsets"]
-    return end - begin
+def is_finite(tensor) -> bool:
+    """Looks at the least and the largest number (NaN counts as either): that takes no memory, and
+    less time than a copy."""
+    return tensor.numel() == 0 or all(end.isfinite() for end in tensor.aminmax())
 
 
 class Checkpoint(Tensors):
@@ -489,21 +497,10 @@ class Checkpoint(Tensors):
             )
 
 
-def read_tensors(path: str | Path, table: dict[str, Place]):
-    """Copy the tensors of one file into their places; errors as in Tensors.check."""
-    Tensors(path, [Path(path)]).fill(table)
-
-
-def some(names: list[str], most: int = 3) -> str:
-    """The first names of a list, for a message."""
-    text = ", ".join(run.shown(name).strip('"') for name in names[:most])
-    return f"{text} and {len(names) - most} more" if len(names) > most else text
-
-
 # Writing -----------------------------------------------------------------------------------------
 
 
-def write_tensors(path: str | Path, table: dict[str, Place], dtype: torch.dtype | None = None):
+def write_tensors(path: str | Path, table: Table, dtype: torch.dtype | None = None):
     """Write what is at the places (converted to `dtype` one at a time, if given), atomically."""
     header = {"__metadata__": {"format": "pt"}}  # transformers looks for this entry
     offset = 0
@@ -519,20 +516,21 @@ def write_tensors(path: str | Path, table: dict[str, Place], dtype: torch.dtype 
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # keeps the data aligned in the map
 
+    parts = gathered(table)
+
     def write(file):
         file.write(len(head).to_bytes(8, "little") + head)
-        for part in gathered(table):
+        for part in parts:
             part = part.to("cpu", dtype or part.dtype).contiguous()
-            file.write(part.view(-1).view(torch.uint8).numpy().data if part.numel() else b"")
+            file.write(part.view(-1).view(torch.uint8).numpy())
 
     if processes.RANK == 0:
         run.write_atomically(path, write)
-    else:
-        for _ in gathered(table):
-            pass  # what is gathered takes all processes
+    for _ in parts:
+        pass  # the other processes write nothing, but gathering takes all
 
 
-def gathered(table: dict[str, Place]):
+def gathered(table):
     """What is at each place, in turn; a stack that is cut over processes is gathered once."""
     last = whole = None
     for place in table.values():

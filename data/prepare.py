@@ -5,6 +5,7 @@
     olmoe          allenai/OLMoE-1B-7B-0924                      13.8 GB    Hugging Face
     olmoe_0125     allenai/OLMoE-1B-7B-0125                      13.8 GB
     mixtral        mistralai/Mixtral-8x7B-v0.1                   93.4 GB
+    qwen3          Qwen/Qwen3-30B-A3B                            61.1 GB
     owner/model    any Hugging Face model with safetensors weights
 
 It goes below data/downloads. A file grows as X.part and gets its own name once its size and hash
@@ -55,6 +56,7 @@ MODELS = {
     "olmoe": "allenai/OLMoE-1B-7B-0924",
     "olmoe_0125": "allenai/OLMoE-1B-7B-0125",
     "mixtral": "mistralai/Mixtral-8x7B-v0.1",
+    "qwen3": "Qwen/Qwen3-30B-A3B",
 }
 DATA = {  # name on the command line: (training file, its test sets' group)
     "commonsense": ("commonsense_170k", "commonsense"),
@@ -92,7 +94,7 @@ SLOWEST = 1000  # bytes a second
 LARGEST_LIST = 10_000_000  # bytes
 RETRIES = 5  # in a row without new bytes, after pauses of 1, 2, 4, 8, 16 seconds
 NEW_BYTES = 1 << 20  # so many: else a server that sends a few at a time would keep us for years
-LINE_EVERY = 10  # seconds between two lines about a download
+SHOW_EVERY = 10  # seconds between two looks at a download, where no terminal shows a bar
 KEPT = "what is here is kept: the same command continues"
 
 
@@ -128,9 +130,8 @@ class Redirects(HTTPRedirectHandler):
         new = super().redirect_request(request, answer, *details)
         if new.type not in ("https", request.type):
             raise ValueError(f"redirects to {new.type}, which is refused: {new.full_url}")
-        token = request.unredirected_hdrs.get("Authorization")
-        if token and (new.type, new.host) == (request.type, request.host):
-            new.add_unredirected_header("Authorization", token)
+        if (new.type, new.host) == (request.type, request.host):
+            new.unredirected_hdrs |= request.unredirected_hdrs
         answer.close()  # urllib would read the page that comes with a redirect, however long it is
         return new
 
@@ -234,19 +235,24 @@ def fetch(file, token):
                 f"{file.url}: the server has {whole:,} bytes, expected {file.size:,}; "
                 "is this a login page, or another version of the file?"
             )
-        size = {"initial": have, "total": file.size, "unit": "B", "unit_scale": True}
-        bar = tqdm(desc=file.path.name, disable=None, leave=False, **size)  # on a terminal
+        every = 0.1 if sys.stdout.isatty() else SHOW_EVERY
+        bar = tqdm(
+            desc=file.path.name,
+            initial=have,
+            total=file.size,
+            unit="B",
+            unit_scale=True,
+            file=sys.stdout,
+            delay=every,
+            mininterval=every,
+        )
         with open(file.part, "ab" if have else "wb") as part, bar:
-            told_at = monotonic()
             for block in blocks(file.url, answer, SLOWEST):
                 part.write(block)
                 have += len(block)
                 bar.update(len(block))
                 if have > file.size:
                     return  # its hash will be wrong
-                if bar.disable and monotonic() > told_at + LINE_EVERY:
-                    told_at = monotonic()
-                    print(f"{file.path}: {have:,} of {file.size:,} bytes", flush=True)
             part.flush()
             os.fsync(part.fileno())
     if have < file.size:

@@ -14,19 +14,19 @@ with the single bytes and goes on in the order of the merges; a second table tak
 
 Two layouts are read, and everything else is refused:
 
-    byte-level       OLMoE, GPT-NeoX and train_bpe below: symbols are the 256 bytes; text is cut by
-                     a regular expression that leaves a space at the front of its word ("a cat" ->
-                     "a", " cat").
+    byte-level       OLMoE, Qwen3, GPT-NeoX and train_bpe below: symbols are the 256 bytes; text is
+                     cut by a regular expression that leaves a space at the front of its word
+                     ("a cat" -> "a", " cat"): GPT-2's or Qwen's.
     sentencepiece    Mixtral: symbols are characters; one outside the vocabulary falls back to its
                      UTF-8 bytes; nothing cuts the text; a space is written U+2581, and one is put
                      before the text.
 
 What differs from the `tokenizers` library, which wrote the files: the ids are equal, in about a
-fifth of the time, but special tokens (<s>, <|endoftext|>, OLMoE's |||IP_ADDRESS|||) are never found
-in a user's text, where they are so many letters; no BOS or EOS is added (`bos_id` and `eos_id` are
-the caller's to place); no offsets, padding or truncation. NFC, which puts accents in order, is
-Python's; the library's is of 2016 and does not know the few dozen rarest marks. A limit: an
-unbroken run of half a million newlines is too much for tiktoken's regular expressions, which panic.
+fifth of the time, but added tokens (<s>, <|endoftext|>, Qwen3's <think>) are never found in a
+user's text, where they are so many letters: who wants one asks for its id (`special`). No BOS or
+EOS is added (`bos_id` and `eos_id` are the caller's to place); no offsets, padding or truncation.
+NFC, which puts accents in order, is Python's; the library's is of 2016 and does not know the few
+dozen rarest marks.
 
     python data/tokenizer.py                       the tokenizer of data/tiny_olmoe, and a sentence
     python data/tokenizer.py FOLDER "some text"    ids, pieces, and the text they decode to
@@ -37,6 +37,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from itertools import pairwise
 from operator import index
 from pathlib import Path
@@ -53,9 +54,8 @@ from data import run  # noqa: E402
 # JSON holds characters, not bytes. GPT-2's way out: a byte whose Latin-1 character is visible is
 # written as itself, and the other 68 (space, controls, ...) as U+0100, U+0101, ... in turn. So a
 # space is "Ġ" and a newline "Ċ".
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # ! to ~, ¡ to ¬, ® to ÿ
-HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
-LETTER = {byte: chr(byte) for byte in VISIBLE}
+HIDDEN = [byte for byte in range(256) if byte == ord(" ") or not chr(byte).isprintable()]
+LETTER = {byte: chr(byte) for byte in range(256)}
 LETTER |= {byte: chr(256 + i) for i, byte in enumerate(HIDDEN)}
 BYTE = {ord(letter): byte for byte, letter in LETTER.items()}  # as str.translate takes it
 
@@ -73,10 +73,10 @@ MOST_IDS = 1 << 24  # there may be gaps, but no id out of all proportion
 class Parts(NamedTuple):
     """Of a tokenizer.json that may be damaged, or a stranger's: what has been looked through."""
 
-    vocab: dict[str, int]  # piece, as the file spells it -> id; each id is one token's
-    merged: list[str]  # what the merges make, oldest first; all in `vocab`
-    added: dict[str, int]  # content of an added token (which may be in `vocab` too) -> id
-    special: set[int]  # ids of those added tokens that are no text
+    vocab: dict  # piece, as the file spells it -> id; each id is one token's
+    merged: list  # what the merges make, oldest first; all in `vocab`
+    added: dict  # content of an added token (which may be in `vocab` too) -> id
+    special: set  # ids of those added tokens that are no text
 
 
 def read_parts(spec):
@@ -89,7 +89,6 @@ def read_parts(spec):
     for name, i in [*vocab.items(), *added.items()]:
         if type(i) is not int or not 0 <= i < MOST_IDS or owner.setdefault(i, name) != name:
             raise ValueError(f"{run.shown(name)} has the id {run.shown(i)}, no id or another's")
-
     merged = []
     for merge in spec["model"]["merges"]:  # "a b" or, since 2024, ["a", "b"]
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -97,14 +96,14 @@ def read_parts(spec):
         if len(pair) != 2 or piece not in vocab:
             raise ValueError(f"the merge {run.shown(merge)} makes no piece of the vocabulary")
         merged.append(piece)
-    special = {token["id"] for token in tokens if token["special"] is True}
+    special = {token["id"] for token in tokens if token["special"]}
     return Parts(vocab, merged, added, special)
 
 
 # What all layouts share ---------------------------------------------------------------------------
 
-# The names special tokens go by, the likelier first; an id in config.json has the last word.
-SPECIAL_NAMES = {"bos": ["<s>"], "eos": ["<|endoftext|>", "</s>"], "pad": ["<|padding|>"]}
+# The names of tokens with a role, the likelier first; an id in config.json has the last word.
+ROLES = {"bos": ["<s>"], "eos": ["<|endoftext|>", "</s>"], "pad": ["<|padding|>"]}
 
 
 class Tokenizer:
@@ -112,24 +111,28 @@ class Tokenizer:
 
     `pieces[i]` is what the id i stands for, in bytes (the file may leave gaps); `vocab_size` is the
     largest id + 1, and may be less than the model's embedding has rows. `bos_id`, `eos_id` and
-    `pad_id` are None where unknown. A layout adds `bytes_of(piece)`, what a piece of the vocabulary
-    stands for, and `normalise(text)`, what is done to a text before it is cut into words.
+    `pad_id` are None where unknown. `chat_ids`: those of <|im_start|> and <|im_end|>, between which
+    Qwen's family puts each message; None where a file has no such tokens.
+
+    A layout adds `bytes_of(piece)`, what a piece of the vocabulary stands for, and
+    `normalise(text)`, what is done to a text before it is cut into words.
     """
 
     def __init__(self, parts, config, pattern, table):
         """config: the model's config.json. pattern: cuts words.
         table: piece (bytes) -> id, in the order of ranks.
         """
-        vocab, added = parts.vocab, parts.added
-        self.pieces = {i: self.bytes_of(piece) for piece, i in vocab.items() if piece not in added}
-        self.pieces |= {i: content.encode() for content, i in added.items()}
-        self.vocab_size = max(self.pieces) + 1
+        self.added = parts.added
         self.special_ids = parts.special
-        self.bos_id, self.eos_id, self.pad_id = [
-            self.special_id(role, config, added) for role in SPECIAL_NAMES
-        ]
+        plain = parts.vocab.items() - parts.added.items()
+        self.pieces = {i: self.bytes_of(piece) for piece, i in plain}
+        self.pieces |= {i: content.encode() for content, i in parts.added.items()}
+        self.vocab_size = max(self.pieces) + 1
+        self.bos_id, self.eos_id, self.pad_id = [self.role(name, config) for name in ROLES]
         if self.pad_id is None:
             self.pad_id = self.eos_id  # Mixtral has none; padding is masked out: any token will do
+        chat_ids = self.special("<|im_start|>"), self.special("<|im_end|>")
+        self.chat_ids = None if None in chat_ids else chat_ids
 
         self.id_of_rank = list(table.values())
         ranks = {piece: rank for rank, piece in enumerate(table)}
@@ -137,22 +140,34 @@ class Tokenizer:
             "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
 
-    def special_id(self, role, config, added):
-        """From config.json, else by its name among the added tokens, else None."""
-        given = config.get(f"{role}_token_id")
+    def role(self, name, config):
+        """The id that config.json gives, else the first of the ROLES that was added, else None."""
+        given = config.get(f"{name}_token_id")
         if isinstance(given, list):  # several ends of text: the first is the one to append
-            given = next(iter(given), None)
+            given = given[0] if given else None
         if given is None:
-            return next((added[name] for name in SPECIAL_NAMES[role] if name in added), None)
+            return next((self.added[text] for text in ROLES[name] if text in self.added), None)
         if type(given) is not int or given not in self.pieces:
             raise ValueError(
-                f"config.json has {role}_token_id {run.shown(given)}, which the vocabulary lacks"
+                f"config.json has {name}_token_id {run.shown(given)}, which the vocabulary lacks"
             )
         return given
 
+    def special(self, text: str) -> int | None:
+        """The id of the added token that is written so; None if the file has no such token."""
+        return self.added.get(text)
+
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, without BOS or EOS. The empty text has none."""
-        ranks = self.bpe.encode_ordinary(self.normalise(text))  # it looks for no special tokens
+        try:
+            ranks = self.bpe.encode_ordinary(self.normalise(text))  # it looks for no added tokens
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
+                raise
+            raise ValueError(
+                f"a text of {len(text):,} characters is too much for tiktoken; has it a run of "
+                f"blanks without end? {run.shown(text)}"
+            ) from None
         return [self.id_of_rank[rank] for rank in ranks]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -172,26 +187,28 @@ class Tokenizer:
         return b"".join(told).decode("utf-8", errors="replace")
 
 
-# Byte-level: OLMoE, GPT-NeoX, ours ----------------------------------------------------------------
+# Byte-level: OLMoE, Qwen3, GPT-NeoX, ours ---------------------------------------------------------
 
 NO_TEXT = {0xC0, 0xC1, *range(0xF5, 256)}  # bytes that UTF-8 never uses
 
+# How text is cut into words. GPT-2's: English contractions, letters, digits, everything else; all
+# but contractions may begin with one space. White space before a word stops one short: a last space
+# goes with the word, a last newline stands alone.
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+GPT2 = rf"{WORDS}|(?:\s(?!\S))+|\s"
+# Qwen's: a word may begin with any one sign, a digit is a word, newlines end one.
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 
 class ByteLevel(Tokenizer):
-    """BPE over bytes, in words that GPT-2's regular expression cuts. Decodes to the text's NFC."""
+    """BPE over bytes, in words that a regular expression cuts. Decodes to the text's NFC."""
 
-    NORMALIZERS = [None, {"type": "NFC"}]
-    CUT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    # English contractions, letters, digits, everything else; all but contractions may begin with
-    # one space.
-    WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
-
-    def __init__(self, parts, config, normalizer):
+    def __init__(self, parts, config, pattern, nfc):
         vocab, added = parts.vocab, parts.added
-        letters = [letter for letter in LETTER.values() if letter in vocab]
-        missing = {byte for byte, letter in LETTER.items() if letter not in vocab} - NO_TEXT
-        if missing:
-            raise ValueError(f"the vocabulary lacks bytes that text may hold: {sorted(missing)}")
+        letters = [LETTER[byte] for byte in range(256) if byte not in NO_TEXT]
         table = {unspell(piece): vocab[piece] for piece in letters + parts.merged}
 
         # OLMoE has an added token for each run of 2 to 24 spaces. The library cuts these out, the
@@ -200,18 +217,17 @@ class ByteLevel(Tokenizer):
         # space must not reach into a run. They shadow the pieces of two and more spaces that the
         # merges make too: OLMoE's ids 245, 252, ...
         runs = sorted(text for text in added if len(text) > 1 and not text.strip(" "))
-        longest = len(runs) + 1
-        if runs != [" " * length for length in range(2, longest + 1)]:
-            raise ValueError("of the added tokens, runs of spaces must have each length from 2 up")
-        for run_of_spaces in runs:
-            table[run_of_spaces.encode()] = added[run_of_spaces]
-        # White space before a word stops one short: a last space goes with the word, a last newline
-        # stands alone.
-        pattern = rf"{self.WORDS}|(?:\s(?!\S))+|\s"
         if runs:
-            pattern = rf" {{2,{longest}}}|{self.WORDS}|(?:(?! {{2}})\s(?!\S))+|\s"
+            longest = len(runs) + 1
+            if pattern != GPT2 or runs != [" " * length for length in range(2, longest + 1)]:
+                raise ValueError(
+                    "added runs of spaces must have each length from 2 up, and words be GPT-2's"
+                )
+            table |= {run_of_spaces.encode(): added[run_of_spaces] for run_of_spaces in runs}
+            pattern = rf" {{2,{longest}}}|{WORDS}|(?:(?! {{2}})\s(?!\S))+|\s"
         super().__init__(parts, config, pattern, table)
-        self.nfc = normalizer is not None
+        self.bos_id = None  # this layout puts none before a text, whatever config.json names so
+        self.nfc = nfc
 
     def bytes_of(self, piece):
         return unspell(piece)
@@ -235,21 +251,9 @@ class SentencePiece(Tokenizer):
     bytes.
     """
 
-    NORMALIZER = {
-        "type": "Sequence",
-        "normalizers": [
-            {"type": "Prepend", "prepend": MARK},
-            {"type": "Replace", "pattern": {"String": " "}, "content": MARK},
-        ],
-    }
-
-    def __init__(self, parts, config, normalizer):
+    def __init__(self, parts, config):
         vocab = parts.vocab
-        byte_ids = []
-        for name in BYTE_NAMES:
-            if name not in vocab:
-                raise ValueError(f"byte_fallback, but the vocabulary lacks {name}")
-            byte_ids.append(vocab[name])
+        byte_ids = [vocab[name] for name in BYTE_NAMES]
         table = dict(zip(BYTE_NAMES.values(), byte_ids))
         beginnings = {}
         for character in vocab:
@@ -306,10 +310,26 @@ class SentencePiece(Tokenizer):
 
 # What else a BPE may do than join symbols by its merges: all of it is refused.
 EXTRAS = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
+NFC = {"type": "NFC"}
+GPT2_CUT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+QWEN_CUT = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": QWEN}, "behavior": "Isolated", "invert": False},
+        GPT2_CUT | {"use_regex": False, "trim_offsets": False},
+    ],
+}
+SPACES_MARKED = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": MARK},
+        {"type": "Replace", "pattern": {"String": " "}, "content": MARK},
+    ],
+}
 SUPPORTED = (
     "supported are byte-level BPE as OLMoE's (normalizer NFC or none, pre_tokenizer ByteLevel with "
-    "use_regex, without add_prefix_space) and sentencepiece BPE as Mixtral's (byte_fallback, "
-    "normalizer Prepend and Replace, no pre_tokenizer)"
+    "use_regex, without add_prefix_space) or as Qwen3's (its Split before), and sentencepiece BPE "
+    "as Mixtral's (byte_fallback, normalizer Prepend and Replace, no pre_tokenizer)"
 )
 
 
@@ -321,30 +341,33 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     ValueError.
     """
     path, config_path = Path(folder) / "tokenizer.json", Path(folder) / "config.json"
-    spec = run.read_json(path)
+    spec = run.read_json(path, model=dict, added_tokens=list)
     config = run.read_json(config_path) if config_path.exists() else {}
     model, normalizer, cut = (spec.get(key) for key in ("model", "normalizer", "pre_tokenizer"))
-    layout = None
-    plain = isinstance(model, dict) and model.get("type") == "BPE"
-    plain = plain and not any(model.get(key) for key in EXTRAS)
-    if plain and isinstance(cut, dict) and normalizer in ByteLevel.NORMALIZERS:
-        if ByteLevel.CUT.items() <= ({"use_regex": True} | cut).items():
-            layout = ByteLevel
-    if plain and cut is None and normalizer == SentencePiece.NORMALIZER:
-        if model.get("byte_fallback") is True:
-            layout = SentencePiece
-    if layout is None:
-        raise ValueError(
-            f"{path}: found model {run.shown(model)}, normalizer {run.shown(normalizer)}, "
-            f"pre_tokenizer {run.shown(cut)}; {SUPPORTED}"
-        )
     try:
-        return layout(read_parts(spec), config, normalizer)
+        make = layout_of(model, normalizer, cut)
+        return make(read_parts(spec), config)
     except ValueError as error:
         cause = error
-    except (AttributeError, KeyError, TypeError):
+    except KeyError as error:
+        cause = f"{run.shown(error.args[0])} is missing"
+    except (AttributeError, TypeError):
         cause = "vocab, merges or added_tokens is not of the form that it must be"
     raise ValueError(f"{path}: {cause}; copy or download it again")
+
+
+def layout_of(model, normalizer, cut):
+    """What makes a tokenizer of that kind."""
+    if model.get("type") == "BPE" and not any(model.get(key) for key in EXTRAS):
+        if cut is None and normalizer == SPACES_MARKED and model.get("byte_fallback") is True:
+            return SentencePiece
+        gpt2 = isinstance(cut, dict) and GPT2_CUT.items() <= ({"use_regex": True} | cut).items()
+        if normalizer in (None, NFC) and (gpt2 or cut == QWEN_CUT):
+            return partial(ByteLevel, pattern=GPT2 if gpt2 else QWEN, nfc=normalizer == NFC)
+    raise ValueError(
+        f"found model {run.shown(model)}, normalizer {run.shown(normalizer)}, "
+        f"pre_tokenizer {run.shown(cut)}; {SUPPORTED}"
+    )
 
 
 # Learning a small one -----------------------------------------------------------------------------
@@ -414,44 +437,33 @@ def learn_merges(counts, most):
     """Words and how often each occurs -> at most `most` pairs of pieces to join, oldest first.
 
     Each round joins the most frequent pair of neighbours; of equally frequent ones, that of the
-    lowest symbols (the 256 bytes, then one for each merge).
+    lowest symbols (the 256 bytes, then one for each merge). The symbol n is written chr(n).
     """
     pieces = [LETTER[byte] for byte in range(256)]  # how each symbol is spelled
-    words = [(list(word.encode()), times) for word, times in counts.items()]  # as symbols
+    words = [(word.encode().decode("latin-1"), times) for word, times in counts.items()]
     merges = []
     while len(merges) < most:
         pairs = Counter()
-        for symbols, times in words:
-            for pair in pairwise(symbols):
-                pairs[pair] += times
+        for word, times in words:
+            for left, right in pairwise(word):
+                pairs[left + right] += times
         best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
         if pairs[best] < 2:  # a Counter has 0 of None
             break
-        left, right = [pieces[symbol] for symbol in best]
+        new = chr(len(pieces))
+        words = [(word.replace(best, new), times) for word, times in words]
+        left, right = [pieces[ord(symbol)] for symbol in best]
         merges.append((left, right))
-        words = [(join(symbols, best, len(pieces)), times) for symbols, times in words]
         pieces.append(left + right)
     return merges
-
-
-def join(symbols, pair, new):
-    """Replace a pair of neighbours by one new symbol wherever it occurs, from the left."""
-    joined = []
-    for symbol in symbols:
-        if joined and (joined[-1], symbol) == pair:
-            joined[-1] = new
-        else:
-            joined.append(symbol)
-    return joined
 
 
 @run.command
 def main():
     parser = run.Parser(description="Show how a tokenizer cuts a text.")
-    add = parser.add_argument
     ours = Path(__file__).parent / "tiny_olmoe"
-    add("folder", nargs="?", default=ours, help="has a tokenizer.json (the embedded model's)")
-    add("text", nargs="?", default="Each token picks its own 2 experts.", help="any text")
+    parser.add_argument("folder", nargs="?", default=ours, help="(data/tiny_olmoe)")
+    parser.add_argument("text", nargs="?", default="Each token picks its own 2 experts.")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.folder)
     ids = tokenizer.encode(args.text)

@@ -1,5 +1,5 @@
-"""The transformer is OLMoE and Mixtral: logits, gradients and generated tokens equal those of the
-transformers library.
+"""The transformer is OLMoE, Mixtral and Qwen3-MoE: logits, gradients and generated tokens equal
+those of the transformers library.
 
 Every comparison is on tiny models with random weights, norms included, so that two swapped parts
 cannot look equal.
@@ -39,6 +39,16 @@ MIXTRAL = {
     "num_experts_per_tok": 2,
     "num_key_value_heads": 2,
 }
+QWEN3 = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 40,  # of layers without experts, of which there are none
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "norm_topk_prob": True,
+}
 CASES = {
     "olmoe": OLMOE,
     "olmoe_renormalised_and_clipped": OLMOE | {"norm_topk_prob": True, "clip_qkv": 0.4},
@@ -49,6 +59,11 @@ CASES = {
     | {"num_key_value_heads": 1, "num_experts_per_tok": 4},
     "mixtral_wide_heads_tied": MIXTRAL
     | {"head_dim": 16, "num_attention_heads": 6, "tie_word_embeddings": True},
+    "qwen3": QWEN3,
+    "qwen3_one_key_head_not_renormalised": QWEN3
+    | {"num_key_value_heads": 1, "head_dim": 10, "norm_topk_prob": False, "rope_theta": 1e6},
+    "qwen3_key_heads_as_query_heads_all_experts": QWEN3
+    | {"num_key_value_heads": 4, "head_dim": 8, "num_experts_per_tok": 8},
 }
 LENGTHS = (12, 5, 9)  # of the texts of a padded batch
 every_case = pytest.mark.parametrize("case", CASES)
@@ -177,7 +192,7 @@ def test_the_gradient_of_every_parameter_equals_transformers(case, path, seed, p
     assert_equal_gradients(model, reference)
 
 
-@pytest.mark.parametrize("case", ["olmoe", "olmoe_renormalised_and_clipped", "mixtral"])
+@pytest.mark.parametrize("case", ["olmoe", "olmoe_renormalised_and_clipped", "mixtral", "qwen3"])
 @pytest.mark.parametrize("padding", ["no_mask", "left", "right"])
 def test_the_balance_loss_trains_one_layer_as_transformers_does(case, padding):
     """On one layer transformers adds coefficient * K * our balance loss: the same loss and the same
@@ -214,7 +229,7 @@ def test_clipping_is_at_work_in_the_clipped_case():
     assert gap(clipped, model(ids).logits) > 1e-2
 
 
-@pytest.mark.parametrize("case", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("case", ["olmoe", "mixtral", "qwen3"])
 def test_what_stands_in_the_padding_changes_nothing(case):
     """A text alone, padded left, padded right, and with other tokens in the padding: the same
     logits, and no NaN."""
@@ -245,11 +260,15 @@ def test_the_loss_is_the_mean_over_the_labelled_tokens():
     assert model(ids, labels=labels).loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
+ALL_EXPERTS = ["mixtral_one_key_head_all_experts", "qwen3_key_heads_as_query_heads_all_experts"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_logits_are_those_of_transformers_but_for_rounding(dtype):
+@pytest.mark.parametrize("case", ALL_EXPERTS)
+def test_sixteen_bit_logits_are_those_of_transformers_but_for_rounding(dtype, case):
     """All experts take part, so that no choice can flip: our 16-bit logits are as near to float32
     as theirs are."""
-    model, reference = make_pair(0, "mixtral_one_key_head_all_experts")
+    model, reference = make_pair(0, case)
     ids, _ = make_batch(0, "no_mask")
     exact = model(ids).logits
     for p in reference.parameters():
@@ -260,11 +279,30 @@ def test_sixteen_bit_logits_are_those_of_transformers_but_for_rounding(dtype):
 
 # Sizes -------------------------------------------------------------------------------------------
 
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
+
 
 @pytest.mark.parametrize(
     ("config", "tensors", "total", "idle_experts"),
-    [(OLMOE_1B_7B, 3219, 6_919_161_856, 56), (MIXTRAL_8X7B, 995, 46_702_792_704, 6)],
-    ids=["OLMoE-1B-7B", "Mixtral-8x7B"],
+    [
+        (OLMOE_1B_7B, 3219, 6_919_161_856, 56),
+        (MIXTRAL_8X7B, 995, 46_702_792_704, 6),
+        (QWEN3_30B_A3B, 18_867, 30_532_122_624, 120),
+    ],
+    ids=["OLMoE-1B-7B", "Mixtral-8x7B", "Qwen3-30B-A3B"],
 )
 def test_the_published_models_have_as_many_tensors_and_parameters_as_their_files(
     config, tensors, total, idle_experts
@@ -276,11 +314,9 @@ def test_the_published_models_have_as_many_tensors_and_parameters_as_their_files
     shapes = [place.shape for place in hub.places(model).values()]
     assert len(shapes) == tensors
     assert sum(map(math.prod, shapes)) == sum(p.numel() for p in model.parameters()) == total
-    expert = 3 * config["hidden_size"] * config["intermediate_size"]
-    assert (
-        active_parameters(model.config)
-        == total - config["num_hidden_layers"] * idle_experts * expert
-    )
+    expert = 3 * config["hidden_size"] * model.config.intermediate_size
+    idle = config["num_hidden_layers"] * idle_experts * expert
+    assert active_parameters(model.config) == total - idle
 
 
 def test_python_model_py_prints_what_is_in_a_folder(tmp_path, monkeypatch, capsys):
@@ -345,7 +381,7 @@ def test_generated_tokens_equal_transformers(case, num_beams, seed, num_eos):
     assert num_beams > 1 or not num_eos or len(ours[0]) <= 4, "the eos does come up"
 
 
-@pytest.mark.parametrize("case", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("case", ["olmoe", "mixtral", "qwen3"])
 @pytest.mark.parametrize("seed", [1, 2, 4])
 @pytest.mark.parametrize("num_beams", [2, 4, 8])
 def test_prompts_that_end_at_different_times_equal_transformers(case, seed, num_beams):
@@ -458,6 +494,20 @@ def test_an_almost_cold_draw_is_greedy():
     greedy = model.generate(make_prompts(1), 8)
     assert model.generate(make_prompts(1), 8, temperature=1e-6, seed=0) == greedy
     assert model.generate(make_prompts(1), 8, temperature=1.0, top_p=1e-6, seed=0) == greedy
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_what_it_was_also_after_an_error(num_beams, training):
+    """Dropout of a model that was training goes on after it spoke, and after it could not."""
+    model, _ = make_pair(1, "olmoe")
+    model.train(training)
+    model.generate(make_prompts(1), 2, num_beams=num_beams)
+    assert model.training == model.layers[0].training == training
+    for prompts, length in (([[83]], 2), ([[1]], 64)):
+        with pytest.raises(ValueError):
+            model.generate(prompts, length, num_beams=num_beams)
+        assert model.training == model.layers[0].training == training
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])

@@ -351,14 +351,15 @@ def test_small_files_of_the_hub_are_checked_with_gits_hash_of_a_blob(server, tmp
     assert "hash" in fails(lambda: get(server, tmp_path / "y", digest=wrong))
 
 
-def test_progress_is_a_line_now_and_then(server, tmp_path, capsys, monkeypatch):
+def test_progress_is_shown_now_and_then(server, tmp_path, capsys, monkeypatch):
     get(server, tmp_path / "x")
-    assert capsys.readouterr().out == ""  # done within ten seconds: nothing to tell
-    monkeypatch.setattr(prepare, "LINE_EVERY", 0)
+    printed = capsys.readouterr()
+    assert not printed.out and not printed.err  # done within ten seconds: nothing to tell
+    monkeypatch.setattr(prepare, "SHOW_EVERY", 0)
     get(server, tmp_path / "y")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"{tmp_path}/y: 300,000 of 300,000 bytes"
-    assert all(re.fullmatch(r".*/y: [\d,]+ of 300,000 bytes", line) for line in lines)
+    printed = capsys.readouterr()
+    shown = re.findall(r"y: +\d+%.*?([\d.]+k?)/300k \[", printed.out)
+    assert len(shown) > 1 and shown[-1] == "300k" and not printed.err
 
 
 # Servers without an end --------------------------------------------------------------------------
@@ -877,6 +878,7 @@ def test_the_short_names_are_the_models_of_the_papers(hub, tmp_path, capsys):
         "olmoe": "allenai/OLMoE-1B-7B-0924",
         "olmoe_0125": "allenai/OLMoE-1B-7B-0125",
         "mixtral": "mistralai/Mixtral-8x7B-v0.1",
+        "qwen3": "Qwen/Qwen3-30B-A3B",
     }
     for name, repo in repos.items():
         assert command(name, "--out", tmp_path) == 1
