@@ -22,16 +22,23 @@ perft_r's own router G~ renormalises its Top K weights if and only if the base d
 
 It is not LoRA on the experts: an adapter never touches an expert's own matrices, it stands beside
 the whole expert. So perft_e needs nothing of the expert but the router's choice and weight. For the
-same reason adapters (other than lora_qv) cannot be merged into the base: no weight of a SwiGLU
-expert is the sum of the expert and a network beside it.
+same reason PERFT cannot be merged into the base: no weight of a SwiGLU expert is the sum of the
+expert and a network beside it.
 
-Baselines in the same file: lora_qv (LoRA on the attention's q and v projections), router (only the
-pretrained routers), frozen_experts (everything but the experts, MoFE), full (everything).
+Baselines in the same file. LoRA, W + B A alpha/r, which can be merged, and is saved as PEFT saves
+it: lora_qv on the attention's q and v projections, lora_experts on the gate_up and down matrix of
+each expert e, W_e + B_e A_e alpha/r. Then router (only the pretrained routers), frozen_experts
+(everything but the experts, MoFE), full (everything).
 
-Notation: the papers' A, B, r, alpha, M, Top K of M. Shapes: N tokens, D hidden_size, E num_experts,
-M adapters, r rank. Adapters and their router are float32 whatever the base is, and are cast for the
-product: at a learning rate of 1e-5 most steps are too small to change a bfloat16 number. The
-float32 copy of a weight of the base that trains is called its master.
+A token meets K experts, so of lora_experts K times rank r; papers that compare at an equal budget
+take r/K. shared_outer: the halves that face the token, A of gate_up and B of down, are one for all
+experts of a layer, and are met once.
+
+Notation: the papers' A, B, r, alpha, M, Top K of M. Shapes: N tokens, D hidden_size, F
+intermediate_size, E num_experts, R = N*K rows, M adapters, r rank. What is attached is float32
+whatever the base is, and is cast for the product: at a learning rate of 1e-5 most steps are too
+small to change a bfloat16 number. The float32 copy of a weight of the base that trains is called
+its master.
 
 Three facts, never silent here:
   1. The released OLMoE code of PERFT-R weights the adapters by the *base* router's K largest
@@ -54,6 +61,8 @@ each with a `moe` (and `self_attn.q_proj`, `v_proj` for lora_qv), `norm.weight`,
 num_hidden_layers, hidden_size, num_experts, num_experts_per_tok and norm_topk_prob.
 
     python perft.py        the lesson: what each variant trains, and identities between them
+    python perft.py merge RUN_FOLDER NEW_FOLDER [BASE]
+                           a LoRA that train.py or PEFT saved, in its base, as a Hugging Face folder
 """
 
 import math
@@ -68,11 +77,12 @@ import torch.nn.functional as F
 
 from moe import (
     Combine,
+    Dispatch,
+    Experts,
     GroupedProduct,
     MoE,
     Router,
     Routing,
-    can_group,
     grouped_mm,
     packed,
     sort_by_expert,
@@ -80,7 +90,146 @@ from moe import (
 )
 
 PERFT = ("perft_s", "perft_d", "perft_r", "perft_e")
-BASELINES = ("lora_qv", "router", "frozen_experts", "full")
+LORA = {  # and what PEFT calls the weights that change
+    "lora_qv": {"target_modules": ["q_proj", "v_proj"]},
+    "lora_experts": {
+        "target_modules": [],
+        "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+    },
+}
+BASELINES = (*LORA, "router", "frozen_experts", "full")
+
+
+@dataclass
+class PerftConfig:
+    """What was attached: the options of `apply_perft`, and the content of adapter_config.json.
+
+    ValueError, in one line, for options that no model could have.
+    """
+
+    variant: str
+    rank: int = 16
+    alpha: float | None = None  # None: 2 * rank, as in the papers
+    num_adapters: int = 4  # M of perft_d and perft_r
+    top_k: int = 2  # K of perft_r
+    kind: str = "lora"
+    init: str = "paper"
+    adapter_weights: str = "own"
+    dropout: float = 0.05
+    train_router: bool = False  # also train the pretrained routers
+    shared_outer: bool = False  # of lora_experts
+    # perft_e and lora_experts: for these experts of each layer only
+    experts: list[list[int]] | None = None
+
+    def __post_init__(self):
+        choices = {
+            "variant": PERFT + BASELINES,
+            "kind": ("lora", "parallel"),
+            "init": ("paper", "lora"),
+            "adapter_weights": ("own", "base"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                self.refuse(name, f"choose from {', '.join(allowed)}")
+        for name in ("rank", "num_adapters", "top_k"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= 2**16:
+                self.refuse(name, "it must be a whole number from 1 to 65,536")
+        if self.variant in LORA:
+            self.init = "lora"
+        if self.alpha is None:
+            self.alpha = 2.0 * self.rank
+        for name, end in (("dropout", 1), ("alpha", 1e300)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < end:
+                self.refuse(name, f"it must be a number from 0, less than {end}")
+        if self.top_k > self.num_adapters and self.variant == "perft_r":
+            self.refuse("top_k", f"there are {self.num_adapters} adapters to choose from; lower it")
+        if self.train_router and self.variant in LORA:
+            self.refuse("train_router", "PEFT's layout, which LoRA has, has no place for routers")
+        if self.shared_outer and self.variant != "lora_experts":
+            self.refuse("variant", "shared_outer is of lora_experts only")
+        if self.experts is not None and self.variant not in ("perft_e", "lora_experts"):
+            self.refuse("variant", "experts are chosen for perft_e and lora_experts only")
+
+    def refuse(self, name, why):
+        raise ValueError(f"{name} is {str(getattr(self, name))[:100]}; {why}")
+
+    def check_base(self, base):
+        """ValueError, in one line, for options that this base (a model.Config) cannot have."""
+        k = base.num_experts_per_tok
+        if self.variant == "perft_r" and self.adapter_weights == "base" and self.top_k > k:
+            self.refuse("top_k", f"with adapter_weights 'base' there are {k} weights a token")
+        if self.experts is not None:
+            check_experts(self.experts, base)
+
+    def experts_of(self, layer: int) -> list[int] | None:
+        """Those of a layer that get an adapter; None: all."""
+        return None if self.experts is None else self.experts[layer]
+
+    def count_adapters(self, base, layer: int) -> int:
+        """M of a layer."""
+        experts = self.experts_of(layer) or range(base.num_experts)
+        M = self.num_adapters
+        return {"perft_s": 1, "perft_d": M, "perft_r": M, "perft_e": len(experts)}[self.variant]
+
+
+def check_experts(chosen, base):
+    """ValueError unless `chosen` has a list of different expert ids of `base` for each layer."""
+    L, E = base.num_hidden_layers, base.num_experts
+    if not isinstance(chosen, list) or len(chosen) != L:
+        raise ValueError(f"experts are not given for each of the model's {L} layers")
+    for i, ids in enumerate(chosen):
+        known = isinstance(ids, list) and all(type(e) is int and 0 <= e < E for e in ids)
+        if not known or not ids or len(set(ids)) < len(ids):
+            text = str(ids)[:100]
+            raise ValueError(f"layer {i}: {text} is no list of different experts from 0..{E - 1}")
+
+
+# PERFT -------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """A (r, in) and B (out, r), or stacks of them, float32: in -> r -> out.
+
+    Row j of a stack is that of expert `experts[j]` of a layer (None: of expert j).
+    """
+
+    def __init__(self, config: PerftConfig, A: tuple, B: tuple, experts: list[int] | None = None):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(A, dtype=torch.float32))
+        self.B = nn.Parameter(torch.empty(B, dtype=torch.float32))
+        # real even if the base is on meta: no checkpoint has these ids, so nothing would fill them
+        ids = None if experts is None else torch.tensor(experts, device="cpu")
+        self.register_buffer("experts", ids, persistent=False)
+        self.scale = config.alpha / config.rank
+        self.dropout = config.dropout
+        if config.init == "paper":
+            nn.init.normal_(self.A, std=math.sqrt(2 / config.rank))
+            nn.init.normal_(self.B, std=1e-6)
+        else:
+            # kaiming_uniform_ with a = sqrt(5), which would take r*D of a stack for the fan-in
+            bound = A[-1] ** -0.5
+            nn.init.uniform_(self.A, -bound, bound)
+            nn.init.zeros_(self.B)
+
+    def drop(self, x):
+        return F.dropout(x, self.dropout, self.training)
+
+    def of_experts(self, E: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of all experts, for rows that are sorted by expert; of a rank that F.grouped_mm
+        takes in any dtype."""
+        pad = (-self.A.shape[1]) % 8
+        A = F.pad(self.A.to(dtype), (0, 0, 0, pad))
+        B = F.pad(self.B.to(dtype), (0, pad))
+        return spread(A, self.experts, E), spread(B, self.experts, E)
+
+
+def spread(stack, experts, E):
+    """A stack of some experts -> of all, zeros for the others; or of one for all, repeated."""
+    if experts is None or len(stack) < len(experts):
+        return stack.expand(E, -1, -1).contiguous()
+    return stack.new_zeros(E, *stack.shape[1:]).index_copy(0, experts, stack)
 
 
 class PerftRouting(NamedTuple):
@@ -92,37 +241,16 @@ class PerftRouting(NamedTuple):
     adapter: Routing  # of perft_r's router: (N, M), (N, Top K), (N, Top K)
 
 
-class Adapters(nn.Module):
-    """M adapters of one layer: A (M, r, D), B (M, D, r), float32; for PERFT-R a router (M, D)."""
+class Adapters(Pair):
+    """M adapters of one layer: A (M, r, D), B (M, D, r); for PERFT-R a router (M, D)."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_adapters: int,
-        rank: int,
-        kind: str,
-        scale: float,
-        dropout: float,
-    ):
-        super().__init__()
-        M, r, D = num_adapters, rank, hidden_size
-        self.A = nn.Parameter(torch.empty(M, r, D, dtype=torch.float32))
-        self.B = nn.Parameter(torch.empty(M, D, r, dtype=torch.float32))
-        self.kind = kind
-        self.scale = scale
-        self.dropout = dropout
-        self.router: Router | None = None  # wrap_moe gives perft_r one
-
-    def init_weights(self, init: str):
-        _, r, D = self.A.shape
-        if init == "paper":
-            nn.init.normal_(self.A, std=math.sqrt(2 / r))
-            nn.init.normal_(self.B, std=1e-6)
-        else:
-            # kaiming_uniform_ with a = sqrt(5), which would take r*D for the fan-in
-            nn.init.uniform_(self.A, -(D**-0.5), D**-0.5)
-            nn.init.zeros_(self.B)
-        if self.router is not None:
+    def __init__(self, config: PerftConfig, base, layer: int):
+        M, r, D = config.count_adapters(base, layer), config.rank, base.hidden_size
+        super().__init__(config, (M, r, D), (M, D, r), config.experts_of(layer))
+        self.kind = config.kind
+        self.router = None
+        if config.variant == "perft_r":
+            self.router = Router(D, M, config.top_k, base.norm_topk_prob)
             nn.init.normal_(self.router.weight, std=0.02)
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
@@ -137,34 +265,24 @@ class Adapters(nn.Module):
             hidden = hidden * gate.repeat_interleave(r, dim=1)
         return hidden @ B.transpose(1, 2).reshape(M * r, D)
 
-    def beside_experts(self, x, routing: Routing, expert_of_adapter: torch.Tensor | None):
-        """The same for perft_e, only the chosen computed: adapter j stands beside an expert (None:
-        beside expert j) and is asked when that one is, under its weight.
+    def beside_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The same for perft_e, only the chosen computed: an adapter is asked when its expert is,
+        under its weight.
 
         x (N, D), routing of the experts -> (N, D)
         """
         E = routing.router_logits.shape[-1]
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        if expert_of_adapter is not None:  # an expert without an adapter has one of zeros
-            A = A.new_zeros(E, *A.shape[1:]).index_copy(0, expert_of_adapter, A)
-            B = B.new_zeros(E, *B.shape[1:]).index_copy(0, expert_of_adapter, B)
-        pad = (-A.shape[1]) % 8  # to a rank that can_group takes in any dtype
-        A, B = F.pad(A, (0, 0, 0, pad)), F.pad(B, (0, pad))
-
+        A, B = self.of_experts(E, x.dtype)
         order = sort_by_expert(routing.selected_experts, E)
         hidden = self.after_A(GatheredProduct.apply(self.before_A(x), A, order))  # (R, r)
         hidden = hidden * weight_of_rows(routing, order)
         return Combine.apply(GroupedProduct.apply(hidden, B, order.ends), order)
 
     def before_A(self, x):
-        if self.kind == "parallel":
-            return x  # whose dropout comes behind the first matrix
-        return F.dropout(x, self.dropout, self.training)
+        return self.drop(x) if self.kind == "lora" else x
 
     def after_A(self, hidden):
-        if self.kind == "lora":
-            return hidden * self.scale
-        return F.silu(F.dropout(hidden, self.dropout, self.training))
+        return hidden * self.scale if self.kind == "lora" else F.silu(self.drop(hidden))
 
 
 class GatheredProduct(torch.autograd.Function):
@@ -192,24 +310,13 @@ class PerftMoE(nn.Module):
     adapter_weights matters to PERFT-R only: see the opening page.
     """
 
-    def __init__(
-        self,
-        base: MoE,
-        adapters: Adapters,
-        variant: str,
-        adapter_weights: str = "own",
-        experts: list[int] | None = None,
-    ):
+    def __init__(self, base: MoE, adapters: Adapters, config: PerftConfig):
         super().__init__()
         self.router = base.router
         self.experts = base.experts
         self.adapters = adapters
-        self.variant = variant
-        self.adapter_weights = adapter_weights
-        # perft_e: adapter j stands beside expert_of_adapter[j]; None: every expert has one. Real
-        # even if the base is on meta: no checkpoint has these ids, so nothing would fill them
-        ids = None if experts is None else torch.tensor(experts, device="cpu")
-        self.register_buffer("expert_of_adapter", ids, persistent=False)
+        self.variant = config.variant
+        self.adapter_weights = config.adapter_weights
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing | PerftRouting]:
         """x (B, T, D) -> y (B, T, D), and the Routing (or PerftRouting) of the N = B*T tokens."""
@@ -217,142 +324,98 @@ class PerftMoE(nn.Module):
         routing = self.router(flat)
         y = self.experts(flat, routing)
         if self.variant == "perft_e":
-            if can_group(flat, flat.shape[-1]):
-                y = y + self.adapters.beside_experts(flat, routing, self.expert_of_adapter)
-            else:
-                y = y + self.adapters(flat, self.gate_of_experts(routing))
+            y = y + self.adapters.beside_experts(flat, routing)
         elif self.variant == "perft_r":
             own = self.adapters.router(flat)
             y = y + self.adapters(flat, self.gate_of_adapters(own, routing))
             routing = PerftRouting(*routing, own)
-        else:  # perft_s and perft_d: every adapter, weight 1
+        else:  # perft_s, perft_d: every adapter, weight 1
             y = y + self.adapters(flat, None)
         return y.view_as(x), routing
 
-    def gate_of_experts(self, routing) -> torch.Tensor:
-        """(N, M): the weight of the expert that an adapter stands beside, 0 if not chosen."""
-        E = routing.router_logits.shape[1]
-        gate = spread(routing.routing_weights, routing.selected_experts, E)
-        if self.expert_of_adapter is None:
-            return gate
-        return gate.index_select(1, self.expert_of_adapter)
-
-    def gate_of_adapters(self, own, routing) -> torch.Tensor:
+    def gate_of_adapters(self, own, routing):
         """(N, M): the weights of the adapters that their own router chose, 0 for the others."""
-        M, K = own.router_logits.shape[1], own.routing_weights.shape[1]
-        weights = own.routing_weights
-        if self.adapter_weights == "base":
-            weights = routing.routing_weights[:, :K]  # as in the released OLMoE code
-        return spread(weights, own.selected_experts, M)
+        weights = own.routing_weights  # (N, K)
+        if self.adapter_weights == "base":  # as in the released OLMoE code
+            weights = routing.routing_weights[:, : weights.shape[1]]
+        gate = weights.new_zeros(own.router_logits.shape)
+        return gate.scatter(1, own.selected_experts, weights)
 
 
-def spread(weights: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
-    """(N, K) weights of the chosen ids -> (N, count), 0 where not chosen."""
-    return weights.new_zeros(len(weights), count).scatter(1, ids, weights)
+# LoRA --------------------------------------------------------------------------------------------
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(Pair):
     """A frozen linear map plus (dropout(x) A^T) B^T * alpha/r (LoRA, arXiv 2106.09685)."""
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float):
-        super().__init__()
+    def __init__(self, base: nn.Linear, config: PerftConfig):
+        r = config.rank
+        super().__init__(config, (r, base.in_features), (base.out_features, r))
         self.weight = base.weight  # it keeps its name
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32))
-        self.B = nn.Parameter(torch.empty(base.out_features, rank, dtype=torch.float32))
-        self.scale = scale
-        self.dropout = dropout
-
-    def init_weights(self):
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        nn.init.zeros_(self.B)
 
     def forward(self, x):
-        hidden = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))
+        hidden = F.linear(self.drop(x), self.A.to(x.dtype))
         delta = F.linear(hidden, self.B.to(x.dtype))
         return F.linear(x, self.weight) + delta * self.scale
 
+    def merged(self) -> nn.Linear:
+        fold(self.weight, self.A, self.B, self.scale)
+        with torch.device("meta"):
+            plain = nn.Linear(self.A.shape[1], self.B.shape[0], bias=False)
+        plain.weight = self.weight
+        return plain
+
+
+class LoraExperts(nn.Module):
+    """moe.Experts with LoRA on both matrices of each expert, or of the chosen ones. No W + B A is
+    ever made: a row goes through A, is r wide, and goes through B."""
+
+    def __init__(self, base: Experts, config: PerftConfig, layer: int):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = base.gate_up_proj, base.down_proj  # they keep names
+        E, D, F_ = base.down_proj.shape
+        ids, r = config.experts_of(layer), config.rank
+        n = len(ids or range(E))
+        outer = 1 if config.shared_outer else n
+        self.gate_up_lora = Pair(config, (outer, r, D), (n, 2 * F_, r), ids)
+        self.down_lora = Pair(config, (n, r, F_), (outer, D, r), ids)
+
+    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """x (N, D), Routing -> y (N, D): moe.experts_grouped, and what LoRA adds to its products"""
+        E, lora = len(self.down_proj), self.gate_up_lora
+        order = sort_by_expert(routing.selected_experts, E)
+        A, B = lora.of_experts(E, x.dtype)
+        hidden = GatheredProduct.apply(lora.drop(x), A, order) * lora.scale  # (R, r)
+        rows = GroupedProduct.apply(Dispatch.apply(x, order), self.gate_up_proj, order.ends)
+        gate, up = (rows + GroupedProduct.apply(hidden, B, order.ends)).chunk(2, dim=-1)
+        rows = F.silu(gate) * up * weight_of_rows(routing, order)  # (R, F)
+
+        lora = self.down_lora
+        A, B = lora.of_experts(E, x.dtype)
+        hidden = GroupedProduct.apply(lora.drop(rows), A, order.ends) * lora.scale  # (R, r)
+        rows = GroupedProduct.apply(rows, self.down_proj, order.ends)
+        return Combine.apply(rows + GroupedProduct.apply(hidden, B, order.ends), order)
+
+    def merged(self) -> Experts:
+        E, D, F_ = self.down_proj.shape
+        with torch.device("meta"):
+            plain = Experts(E, D, F_)
+        plain.gate_up_proj, plain.down_proj = self.gate_up_proj, self.down_proj
+        pairs = (plain.gate_up_proj, self.gate_up_lora), (plain.down_proj, self.down_lora)
+        for stack, lora in pairs:
+            for W, A, B in zip(stack, *lora.of_experts(E, torch.float32)):
+                fold(W, A, B, lora.scale)
+        return plain
+
+
+@torch.no_grad()
+def fold(W, A, B, scale):
+    """W += B A alpha/r, rounded once."""
+    precise = torch.promote_types(W.dtype, torch.float32)
+    W.copy_(W.to(precise) + (B @ A).to(precise) * scale)
+
 
 # Attaching ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class PerftConfig:
-    """What was attached: the options of `apply_perft`, and the content of adapter_config.json.
-
-    ValueError, in one line, for options that no model could have.
-    """
-
-    variant: str
-    rank: int = 16
-    alpha: float | None = None  # None: 2 * rank, as in the papers
-    num_adapters: int = 4  # M of perft_d and perft_r
-    top_k: int = 2  # K of perft_r
-    kind: str = "lora"
-    init: str = "paper"
-    adapter_weights: str = "own"
-    dropout: float = 0.05
-    train_router: bool = False  # also train the pretrained routers
-    experts: list[list[int]] | None = None  # perft_e: adapters for these experts of each layer only
-
-    def __post_init__(self):
-        choices = {
-            "variant": PERFT + BASELINES,
-            "kind": ("lora", "parallel"),
-            "init": ("paper", "lora"),
-            "adapter_weights": ("own", "base"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                self.refuse(name, f"choose from {', '.join(allowed)}")
-        for name in ("rank", "num_adapters", "top_k"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < 2**31:
-                self.refuse(name, "it must be a whole number from 1")
-        if self.alpha is None:
-            self.alpha = 2.0 * self.rank
-        for name, end in (("dropout", 1), ("alpha", math.inf)):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value < end:
-                self.refuse(name, f"it must be a number from 0, less than {end}")
-        if self.variant == "lora_qv" and self.train_router:
-            self.refuse(
-                "train_router", "PEFT's layout, which lora_qv has, has no place for routers"
-            )
-        if self.variant == "perft_r" and self.top_k > self.num_adapters:
-            self.refuse("top_k", f"there are {self.num_adapters} adapters to choose from; lower it")
-
-    def refuse(self, name: str, why: str):
-        raise ValueError(f"{name} is {str(getattr(self, name))[:100]}; {why}")
-
-    def check_base(self, base):
-        """ValueError, in one line, for options that this base (a model.Config) cannot have."""
-        k = base.num_experts_per_tok
-        if self.variant == "perft_r" and self.adapter_weights == "base" and self.top_k > k:
-            self.refuse("top_k", f"with adapter_weights 'base' there are {k} weights a token")
-        if self.experts is not None and self.variant != "perft_e":
-            self.refuse("variant", "experts are chosen for perft_e only")
-        if self.experts is not None:
-            check_experts(self.experts, base)
-
-    def count_adapters(self, base, layer: int) -> int:
-        """M of a layer."""
-        if self.variant == "perft_s":
-            return 1
-        if self.variant == "perft_e":
-            return base.num_experts if self.experts is None else len(self.experts[layer])
-        return self.num_adapters
-
-
-def check_experts(chosen, base):
-    """ValueError unless `chosen` has a list of different expert ids of `base` for each layer."""
-    L, E = base.num_hidden_layers, base.num_experts
-    if not isinstance(chosen, list) or len(chosen) != L:
-        raise ValueError(f"experts are not given for each of the model's {L} layers")
-    for i, ids in enumerate(chosen):
-        known = isinstance(ids, list) and all(type(e) is int and 0 <= e < E for e in ids)
-        if not known or not ids or len(set(ids)) < len(ids):
-            text = str(ids)[:100]
-            raise ValueError(f"layer {i}: {text} is no list of different experts from 0..{E - 1}")
 
 
 def apply_perft(model, variant: str, **options):
@@ -375,10 +438,11 @@ def apply_perft(model, variant: str, **options):
     for i, block in enumerate(model.layers):
         if variant in PERFT:
             block.moe = wrap_moe(block.moe, config, model.config, i)
+        if variant == "lora_experts":
+            block.moe.experts = LoraExperts(block.moe.experts, config, i)
         if variant == "lora_qv":
-            attention = block.self_attn
-            attention.q_proj = wrap_linear(attention.q_proj, config)
-            attention.v_proj = wrap_linear(attention.v_proj, config)
+            for name in ("q_proj", "v_proj"):
+                setattr(block.self_attn, name, LoraLinear(getattr(block.self_attn, name), config))
         if variant == "router" or config.train_router:
             train_master(block.moe.router.weight)
     if variant == "full":
@@ -387,6 +451,10 @@ def apply_perft(model, variant: str, **options):
         for name, p in model.named_parameters():
             p.requires_grad_(".experts." not in name)
     model.adapter_config = config
+    # What was attached is drawn on the CPU, and so alike on every device. If the base is on meta,
+    # it stays there; MoETransformer.allocate moves it.
+    if model.norm.weight.device.type != "meta":
+        model.to(model.norm.weight.device)
     return model.train(model.training)  # the new parts too: no dropout in a model in eval mode
 
 
@@ -396,29 +464,8 @@ def refuse_second(model):
 
 
 def wrap_moe(moe: MoE, config: PerftConfig, base, layer: int) -> PerftMoE:
-    """One layer's MoE block -> the block with its adapters."""
-    M = config.count_adapters(base, layer)
-    scale = config.alpha / config.rank
-    D = base.hidden_size
-    adapters = Adapters(D, M, config.rank, config.kind, scale, config.dropout)
-    if config.variant == "perft_r":
-        adapters.router = Router(D, M, config.top_k, base.norm_topk_prob)
-    adapters.init_weights(config.init)
-    experts = None if config.experts is None else config.experts[layer]
-    wrapped = PerftMoE(moe, adapters, config.variant, config.adapter_weights, experts)
-    return settle(wrapped, moe.router.weight.device)
-
-
-def wrap_linear(base: nn.Linear, config: PerftConfig) -> LoraLinear:
-    lora = LoraLinear(base, config.rank, config.alpha / config.rank, config.dropout)
-    lora.init_weights()
-    return settle(lora, base.weight.device)
-
-
-def settle(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move what was attached, drawn on the CPU and so alike on every device, to its base. If the
-    base is on meta, the adapter stays with its drawn values; MoETransformer.allocate moves it."""
-    return module if device.type == "meta" else module.to(device)
+    """One layer's MoE block -> the block with its adapters, which are on the CPU."""
+    return PerftMoE(moe, Adapters(config, base, layer), config)
 
 
 def train_master(p: nn.Parameter):
@@ -454,7 +501,7 @@ class Trained(NamedTuple):
 
     module: str  # with * for the layer
     count: int
-    shape: str  # 1x16x128; 2..4x96x128 where the layers differ
+    shape: str  # 1x16x128
     parameters: int
     activated: int  # of them, those that one token meets
 
@@ -464,33 +511,26 @@ def what_trains(model) -> list[Trained]:
     kinds: dict[str, list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            kind = re.sub(r"\.\d+\.", ".*.", name)
-            kinds.setdefault(kind, []).append(p)
+            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(p)
     rows = []
     for kind, parameters in kinds.items():
+        shapes = {"x".join(map(str, p.shape)) for p in parameters}
+        shape = shapes.pop() if len(shapes) == 1 else "various"
         total = sum(p.numel() for p in parameters)
         met = sum(p.numel() * share_met(model, kind, p) for p in parameters)
-        rows.append(Trained(kind, len(parameters), shape_of(parameters), total, round(met)))
+        rows.append(Trained(kind, len(parameters), shape, total, round(met)))
     return rows
 
 
-def share_met(model, name: str, p: nn.Parameter) -> float:
+def share_met(model, name, p):
     """The share of a parameter that one token meets: at most K of what is stacked in it."""
     config = getattr(model, "adapter_config", None)
-    variant = getattr(config, "variant", "")
-    stacked_adapters = name.endswith((".adapters.A", ".adapters.B"))
-    if variant == "perft_r" and stacked_adapters:
-        return config.top_k / len(p)
-    if ".experts." in name or (variant == "perft_e" and stacked_adapters):
-        return min(model.config.num_experts_per_tok, len(p)) / len(p)
-    return 1.0
-
-
-def shape_of(parameters: list[nn.Parameter]) -> str:
-    lengths = [len(p) for p in parameters]
-    first, last = min(lengths), max(lengths)
-    length = str(first) if first == last else f"{first}..{last}"
-    return "x".join([length, *map(str, parameters[0].shape[1:])])
+    K, met = model.config.num_experts_per_tok, len(p)
+    if name.endswith((".adapters.A", ".adapters.B")):
+        met = {"perft_r": config.top_k, "perft_e": K}.get(config.variant, met)
+    elif ".experts." in name:
+        met = K
+    return min(met, len(p)) / len(p)
 
 
 def report(model) -> str:
@@ -510,6 +550,10 @@ def report(model) -> str:
             f"{100 * row.parameters / total:8.3f} {100 * row.activated / active:8.3f}"
         )
     lines.append(f"base model: {total:,} parameters, {active:,} active for a token")
+    config = getattr(model, "adapter_config", None)
+    if getattr(config, "variant", None) == "lora_experts":
+        K = model.config.num_experts_per_tok
+        lines.append(f"a token meets the LoRA of at most {K} experts, of rank {config.rank} each")
     return "\n".join(lines)
 
 
@@ -519,6 +563,14 @@ def report(model) -> str:
 # table, saving and loading need of model.py and data/ is imported where it is used.
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Keys of PEFT's adapter_config.json that are read here, or change no logits. What others say may.
+READ = "peft_type r lora_alpha lora_dropout use_rslora target_modules target_parameters"
+IDLE = "task_type auto_mapping base_model_name_or_path revision inference_mode peft_version"
+IDLE += " megatron_core qalora_group_size"
+KINDS = {"base": dict, "train_router": bool, "shared_outer": bool}  # of ours, and of PEFT's:
+KINDS |= {"r": int, "lora_alpha": float, "use_rslora": bool}
+KINDS |= {"target_modules": list, "target_parameters": list}
 
 
 def fingerprint(base) -> dict:
@@ -550,22 +602,23 @@ def config_of(model) -> PerftConfig:
 def save_adapter(model, folder: str | Path):
     """Write adapter_config.json and adapter_model.safetensors (float32; only what trains).
 
-    lora_qv is written in PEFT's own layout and loads there. The others carry a peft_type of their
-    own: PEFT refuses it.
+    LoRA is written in PEFT's own layout and loads there. The others carry a peft_type of their own:
+    PEFT refuses it.
     """
     from data import hub, run
     from data import shard as processes
 
     config = config_of(model)
     content = {"peft_type": "PERFT", **asdict(config), "base": fingerprint(model.config)}
-    if config.variant == "lora_qv":
+    if config.variant in LORA:
         content |= {
+            **LORA[config.variant],
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "r": config.rank,
             "lora_alpha": config.alpha,
-            "lora_dropout": config.dropout,
-            "target_modules": ["q_proj", "v_proj"],
+            # PEFT knows none on experts; `dropout` says what was used here
+            "lora_dropout": config.dropout if config.variant == "lora_qv" else 0.0,
             "bias": "none",
         }
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -575,78 +628,164 @@ def save_adapter(model, folder: str | Path):
 
 
 def load_adapter(model, folder: str | Path):
-    """Attach the adapter saved in `folder` to its base, in place, and return it in eval mode.
+    """Attach the adapter saved in `folder`, by save_adapter or by PEFT, to its base, in place, and
+    return it in eval mode.
 
-    ValueError naming both sides for another base, or for tensors that are missing, extra or
-    misshaped; the model is then as it was.
+    ValueError naming both sides for another base, or for tensors that are missing, extra, misshaped
+    or not finite; the model is then as it was.
     """
     from data import hub
 
+    path = Path(folder) / WEIGHTS
     options = read_options(Path(folder) / CONFIG, model.config)
     refuse_second(model)
-    weights = hub.Tensors(Path(folder) / WEIGHTS, [Path(folder) / WEIGHTS])
+    weights = hub.Tensors(path, [path])
     with torch.device("meta"):  # find every fault before the model is touched
         trial = apply_perft(type(model)(model.config), **options)
     weights.check(adapter_places(trial))
+    for name, tensor in weights.files[0].items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: tensor {name} is not finite; the training diverged")
     apply_perft(model, **options)
     weights.fill(adapter_places(model))
     return model.eval()
 
 
 def read_options(path: Path, base) -> dict:
-    """An adapter_config.json -> the options of apply_perft."""
+    """An adapter_config.json, ours or PEFT's -> the options of apply_perft."""
     from data import run
 
-    content = run.read_json(path)
-    options = {name: content[name] for name in PerftConfig.__dataclass_fields__ if name in content}
-    if "variant" not in options or "base" not in content:
-        raise ValueError(f"{path}: not written by this project's save_adapter")
-    check_fingerprint(content["base"], base, path)
+    content = run.read_json(path, **KINDS)
+    content = {name: value for name, value in content.items() if value is not None}
+    if "variant" in content:
+        check_fingerprint(content.get("base"), base, path)
     try:
+        if "variant" in content:
+            fields = PerftConfig.__dataclass_fields__
+            options = {name: content[name] for name in fields if name in content}
+        else:
+            options = options_of_peft(content)
         PerftConfig(**options).check_base(base)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return options
 
 
+def options_of_peft(content) -> dict:
+    """PEFT's adapter_config.json -> the options of apply_perft that are the same LoRA."""
+    from data import run
+
+    variants = [variant for variant in LORA if ends(LORA[variant]) == ends(content)]
+    if content.get("peft_type") != "LORA" or not variants:
+        raise ValueError(
+            f"peft_type {run.shown(content.get('peft_type'))} on {run.shown(ends(content))}: of "
+            "PEFT's adapters, LoRA of q_proj and v_proj, or of both stacks of the experts, loads"
+        )
+    if content.get("init_lora_weights") in (True, "gaussian"):  # others change the base too
+        del content["init_lora_weights"]
+    for name, value in content.items():
+        if name not in f"{READ} {IDLE}".split() and value not in (False, "none", [], {}):
+            raise ValueError(f"{name} is {run.shown(value)}, which has no counterpart here")
+    rank, alpha = content.get("r", 8), content.get("lora_alpha", 8)
+    if content.get("use_rslora"):
+        alpha *= abs(rank) ** 0.5  # its scale is alpha / sqrt(r)
+    dropout = content.get("lora_dropout", 0.0)
+    return {"variant": variants[0], "rank": rank, "alpha": alpha, "dropout": dropout}
+
+
+def ends(content) -> list[str]:
+    """What PEFT changes: the last parts of the names."""
+    names = content.get("target_modules", []) + content.get("target_parameters", [])
+    return sorted(str(name).split(".")[-1] for name in names)
+
+
+class PeftPlace(NamedTuple):
+    """The place of the A or B of a layer's experts in PEFT's layout: A (E, r, in) as (E*r, in), and
+    B (E, out, r) as (out, r*E). What some experts have, or all share, is written for each."""
+
+    parameter: torch.Tensor
+    experts: torch.Tensor | None  # see Pair
+    E: int
+    is_B: bool
+
+    @property
+    def shape(self) -> list[int]:
+        _, rows, columns = self.parameter.shape
+        return [rows, columns * self.E] if self.is_B else [self.E * rows, columns]
+
+    def of(self, stack):
+        stack = spread(stack, self.experts, self.E)
+        return stack.permute(1, 2, 0).flatten(1) if self.is_B else stack.flatten(0, 1)
+
+    def fill(self, source):
+        if self.is_B:
+            stack = source.unflatten(1, (-1, self.E)).permute(2, 0, 1)
+        else:
+            stack = source.unflatten(0, (self.E, -1))
+        count = len(self.parameter)
+        if self.experts is not None and count == len(self.experts):
+            stack = stack[self.experts]
+        self.parameter.data.copy_(stack[:count])
+
+
 def adapter_places(model) -> dict:
     """Tensor name in adapter_model.safetensors -> the place of the trained parameter it is."""
     from data.hub import Place
 
-    table = {name: Place(p) for name, p in model.named_parameters() if p.requires_grad}
-    if model.adapter_config.variant != "lora_qv":
-        return table
-    # layers.0.self_attn.q_proj.A -> base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
-    return {
-        f"base_model.model.model.{name[:-1]}lora_{name[-1]}.weight": place
-        for name, place in table.items()
-    }
+    table = {}
+    for name, p in model.named_parameters():
+        place = Place(p)
+        if "_lora." in name:
+            experts = model.get_submodule(name[:-2]).experts
+            place = PeftPlace(p, experts, model.config.num_experts, name.endswith("B"))
+        if model.adapter_config.variant in LORA:
+            name = name.replace("moe.experts.gate_up_lora", "mlp.experts.base_layer")
+            name = name.replace("moe.experts.down_lora", "mlp.experts")
+            name = f"base_model.model.model.{name[:-1]}lora_{name[-1]}.weight"
+        if p.requires_grad:
+            table[name] = place
+    return table
 
 
 def merge(model):
-    """Fold lora_qv into the base weights, in place: W += B A * alpha/r. What is left is a plain
-    model.
+    """Fold LoRA into the base weights, in place: W += B A * alpha/r. What is left is a plain model.
 
     ValueError for every other variant: an adapter beside a non-linear expert is not a change of its
     weights.
     """
-    config = config_of(model)
-    if config.variant != "lora_qv":
-        raise ValueError(f"{config.variant} cannot be merged: only lora_qv is a change of weights")
+    variant = config_of(model).variant
+    if variant not in LORA:
+        raise ValueError(
+            f"{variant} cannot be merged: only LoRA ({', '.join(LORA)}) is a change of weights; "
+            "what stands beside the experts, or a router of its own, is a network more"
+        )
     for block in model.layers:
-        for name in ("q_proj", "v_proj"):
-            lora = getattr(block.self_attn, name)
-            delta = lora.B.data @ lora.A.data * lora.scale
-            with torch.device("meta"):
-                plain = nn.Linear(lora.A.shape[1], lora.B.shape[0], bias=False)
-            plain.weight = lora.weight
-            plain.weight.data += delta.to(plain.weight.dtype)
-            setattr(block.self_attn, name, plain)
+        for module in (block.moe, block.self_attn):
+            for name, part in list(module.named_children()):
+                if hasattr(part, "merged"):
+                    setattr(module, name, part.merged())
     del model.adapter_config
     return model
 
 
-# The lesson --------------------------------------------------------------------------------------
+def write_folder(model, folder: str | Path, base: str | Path | None = None):
+    """Write a plain model as a Hugging Face folder, new or empty, with the tokenizer files of the
+    folder `base`."""
+    import shutil
+
+    from data import hub
+
+    folder = Path(folder)
+    files = list(Path(base).iterdir()) if base else []  # before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = ("tokenizer", "special_tokens_map", "added_tokens", "generation_config")
+    for file in files:
+        if file.name.startswith((*beside, "chat_template")):
+            shutil.copyfile(file, folder / file.name)
+    hub.write_model(folder, model, model.norm.weight.dtype)
+
+
+# The lesson and the command -----------------------------------------------------------------------
 
 # of the published config.json files
 OLMOE_1B_7B = {
@@ -700,10 +839,9 @@ def lesson_identities(base):
 
     def added(variant, **options):
         """What the adapters add to the frozen block."""
-        config = PerftConfig(variant, rank=4, dropout=0.0, **options)
-        layer = wrap_moe(moe, config, base, 0)
-        layer.adapters.A.data.copy_(A)
-        layer.adapters.B.data.copy_(B)
+        layer = wrap_moe(moe, PerftConfig(variant, rank=4, dropout=0.0, **options), base, 0)
+        layer.adapters.A.data[:] = A
+        layer.adapters.B.data[:] = B
         return layer(x)[0] - moe(x)[0]
 
     single = added("perft_s")
@@ -718,7 +856,7 @@ def lesson_identities(base):
         print(f"  {name:30} {(y - single).abs().max() / single.abs().max():.1e}")
 
 
-def main():
+def lesson():
     from data.hub import make_config
     from model import EMBEDDED, Config
 
@@ -730,8 +868,44 @@ def main():
     lesson_identities(replace(olmoe, **small, norm_topk_prob=True))
 
 
-if __name__ == "__main__":
+def main(argv=()):
     from data import run
 
-    run.Parser(description="What each variant trains, and identities between them.").parse_args()
-    main()
+    parser = run.Parser(description="Without arguments: what each variant trains, and identities.")
+    commands = parser.add_subparsers(dest="command", parser_class=run.Parser)
+    about = "fold a LoRA into its base's weights, and write them as a Hugging Face folder"
+    merging = commands.add_parser("merge", help=about, description=about)
+    merging.add_argument("run", metavar="RUN_FOLDER", help="of train.py, or an adapter of PEFT's")
+    merging.add_argument("folder", metavar="NEW_FOLDER")
+    merging.add_argument("base", metavar="BASE", nargs="?", help="(the run's)")
+    args = parser.parse_args(argv)
+    if args.command:
+        merge_run(Path(args.run), Path(args.folder), args.base)
+    else:
+        lesson()
+
+
+def merge_run(folder: Path, new: Path, base: str | None):
+    """Merge what train.py saved in `folder`."""
+    from data import run
+    from model import DTYPES, EMBEDDED, MoETransformer
+
+    if new.exists() and (not new.is_dir() or any(new.iterdir())):
+        raise ValueError(f"{new} already exists and is not an empty folder; merge writes a new one")
+    file = folder / "config.json"  # absent where save_adapter was called by hand
+    settings = run.read_json(file, base=str, dtype=str) if file.exists() else {}
+    base = base or settings.get("base") or EMBEDDED
+    dtype = settings.get("dtype") or "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"{file}: dtype is {run.shown(dtype)}; choose from {', '.join(DTYPES)}")
+    model = load_adapter(MoETransformer.from_pretrained(base, DTYPES[dtype]), folder)
+    write_folder(merge(model), new, base)
+    print(f"wrote {new}: {base} with the LoRA of {folder}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    from data import run
+
+    run.command(main)(sys.argv[1:])

@@ -33,7 +33,8 @@ CONFIG = Config(
     num_experts_per_tok=2,
 )
 METHODS = {
-    **{variant: {"rank": 3} for variant in (*PERFT, "lora_qv")},
+    **{variant: {"rank": 3} for variant in (*PERFT, "lora_qv", "lora_experts")},
+    "lora_experts of some, shared": {"rank": 8, "experts": [[3, 0], [1, 4]], "shared_outer": True},
     "perft_e of some experts": {"rank": 4, "experts": [[3, 0], [1, 4]], "kind": "parallel"},
     **{variant: {} for variant in ("router", "frozen_experts", "full")},
     "esft": [[3, 0], [1, 4]],

@@ -59,6 +59,12 @@ CASES = {  # variant, base (None: the embedded one), flags
     "perft_e": ("perft_e", "olmoe", TASK, LORA),
     "perft_e of some experts": ("perft_e", "olmoe", TASK, LORA, "--experts experts.json"),
     "lora_qv": ("lora_qv", "olmoe", TASK, LORA),
+    "lora_experts": ("lora_experts", "olmoe", TASK, LORA),
+    "lora_experts of some, shared": (
+        *("lora_experts", "olmoe", TASK, LORA),
+        "--experts experts.json --shared_outer",
+    ),
+    "lora_experts, 5 experts, tied, bfloat16": ("lora_experts", "mixtral", TASK, LORA, BF16),
     "router": ("router", "olmoe", TASK),
     "frozen_experts": ("frozen_experts", "olmoe", TASK),
     "full": ("full", "olmoe", TASK),

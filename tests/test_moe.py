@@ -136,17 +136,25 @@ def test_one_token_is_enough():
 
 
 @pytest.mark.parametrize(
-    ("D", "width", "dtype"),
-    [(18, 8, torch.float32), (16, 6, torch.float32), (16, 8, torch.float64)],
+    ("D", "width", "dtype", "limit"),
+    [
+        (18, 8, torch.float32, 2e-6),
+        (16, 6, torch.float32, 2e-6),
+        (16, 8, torch.float64, 1e-14),
+        (18, 6, torch.float64, 1e-14),
+    ],
 )
-def test_what_cannot_be_grouped_falls_back_to_the_loop(D, width, dtype):
-    """Rows of 72 or 24 bytes, and float64: the layer still computes, and equals the dense sum."""
+def test_what_torch_cannot_group_is_the_dense_sum_too(D, width, dtype, limit):
+    """Rows of 72 or 24 bytes, and float64, which F.grouped_mm refuses: output and all gradients."""
     x, router, experts = make_layer(0, D=D, width=width, dtype=dtype)
-    assert experts.path == "grouped" and not moe.can_group(x, D, width)
+    ends = torch.tensor([1, 2], dtype=torch.int32)
+    with pytest.raises((RuntimeError, ValueError)):
+        for rows, weight in ((x, experts.gate_up_proj), (x[:, :width], experts.down_proj)):
+            F.grouped_mm(rows[:2].contiguous(), weight[:2].mT, offs=ends)
     routing = router(x)
-    y = experts(x, routing)
-    y.sum().backward()
-    assert gap(y, dense_sum(x, routing, *experts.parameters())) < 2e-6
+    ours = output_and_gradients(moe.experts_grouped, x, routing, experts)
+    for mine, exact in zip(ours, output_and_gradients(dense_sum, x, routing, experts)):
+        assert gap(mine, exact) < limit
 
 
 @pytest.mark.parametrize("path", ["loop", "grouped"])

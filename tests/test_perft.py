@@ -70,7 +70,17 @@ CASES = {
     "E": ("perft_e", {}),
     "E of some experts": ("perft_e", {"experts": SOME_EXPERTS}),
 }
-WITH_LORA = CASES | {"lora_qv": ("lora_qv", {})}
+LORA_EXPERTS = {
+    "lora_experts": ("lora_experts", {}),
+    "lora_experts, outer halves shared": ("lora_experts", {"shared_outer": True}),
+    "lora_experts of some": ("lora_experts", {"experts": SOME_EXPERTS}),
+    "lora_experts of some, shared": (
+        "lora_experts",
+        {"experts": SOME_EXPERTS, "shared_outer": True},
+    ),
+}
+LORA = {"lora_qv": ("lora_qv", {})} | LORA_EXPERTS
+WITH_LORA = CASES | LORA
 BASELINES = {name: (name, {}) for name in ("router", "frozen_experts", "full")}
 EVERYTHING = WITH_LORA | BASELINES | {"E and routers": ("perft_e", {"train_router": True})}
 IDS = torch.randint(2, SIZES["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(1))
@@ -78,6 +88,7 @@ IDS = torch.randint(2, SIZES["vocab_size"], (2, 12), generator=torch.Generator()
 every_family = pytest.mark.parametrize("family", FAMILIES)
 both_families = pytest.mark.parametrize("family", ["olmoe", "mixtral"])
 every_kind = pytest.mark.parametrize("kind", ["lora", "parallel"])
+every_lora = pytest.mark.parametrize("case", LORA)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -247,42 +258,190 @@ def test_a_layer_is_the_loop_over_tokens_and_adapters_forward_and_backward(famil
         )
 
 
-@every_family
-@every_kind
-@pytest.mark.parametrize("case", ["E", "E of some experts"])
-def test_embedded_adapters_are_the_same_where_all_of_them_are_computed(
-    monkeypatch, family, kind, case
-):
-    monkeypatch.setattr(perft, "can_group", lambda x, *widths: False)
-    assert_layer_is_the_reference(make_adapted(case, family, kind=kind, train_router=True))
-
-
 @every_kind
 def test_embedded_adapters_work_where_rows_cannot_be_grouped(kind):
-    """A hidden size of 18, rows of 72 bytes: all adapters are computed, and the experts looped."""
+    """A hidden size of 18, rows of 72 bytes, which F.grouped_mm refuses."""
     base = make_base(hidden_size=18, num_attention_heads=3)
-    assert not moe.can_group(torch.zeros(1, 18), 18)
     model = apply_perft(base, "perft_e", rank=3, kind=kind, train_router=True).eval()
     for stack in adapters(model):
         stack.B.data.normal_(std=0.3)
     assert_layer_is_the_reference(model)
 
 
-def test_embedded_adapters_are_dropped_out_alike_on_both_ways(monkeypatch):
-    """Only the chosen or all of them computed: under one seed the same values of x are dropped, and
-    output and gradients are equal."""
+def test_embedded_adapters_drop_the_same_features_of_x_for_all_experts_of_a_token():
+    """Under one seed, y and gradients are those of all adapters computed on the same dropped x,
+    weighed by the chosen experts' weights."""
+    block = make_adapted("E", dropout=0.5).layers[0].moe.train()
+    stack = block.adapters
+    x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    torch.manual_seed(4)
+    y, routing = block(x)
+    torch.manual_seed(4)
+    dropped = F.dropout(x[0], 0.5)
+    gate = torch.zeros(7, 8).scatter(1, routing.selected_experts, routing.routing_weights)
+    deltas = torch.einsum("nd,erd,eor->neo", dropped, stack.A, stack.B) * stack.scale
+    dense = without_adapters(block, x) + torch.einsum("ne,neo->no", gate, deltas)
+    assert gap(y, block.eval()(x)[0]) > 0.01, "nothing was dropped"
+    leaves = (x, stack.A, stack.B)
+    ours, theirs = (
+        torch.autograd.grad(t.square().sum(), leaves, retain_graph=True) for t in (y, dense)
+    )
+    assert gap(y, dense) < 1e-5
+    assert all(gap(a, b) < 1e-5 for a, b in zip(ours, theirs))
+
+
+# LoRA on the experts -----------------------------------------------------------------------------
+
+
+def whole_stacks(lora, num_experts):
+    """A and B of every expert, float64: a single one for all, none is zeros."""
+    stacks = []
+    for p in (lora.A, lora.B):
+        ids = range(num_experts) if lora.experts is None else lora.experts.tolist()
+        rows = [torch.zeros_like(p[0]).double()] * num_experts
+        for j, e in enumerate(ids):
+            rows[e] = p.double()[j if len(p) == len(ids) else 0]
+        stacks.append(torch.stack(rows))
+    return stacks
+
+
+def dense_experts(x, router, experts, K, renormalise):
+    """Every expert of W + B A alpha/r for each token, in double precision, all formed; the weight
+    of one that was not chosen is 0."""
+    E, scale = len(experts.down_proj), experts.down_lora.scale
+    A, B = whole_stacks(experts.gate_up_lora, E)
+    gate_up = experts.gate_up_proj.double() + B @ A * scale
+    A, B = whole_stacks(experts.down_lora, E)
+    down = experts.down_proj.double() + B @ A * scale
+    rows = []
+    for token in x:
+        ids, weights = choose(token, router, K, renormalise)
+        rows.append(frozen_layer(token, ids, weights, gate_up, down))
+    return torch.stack(rows)
+
+
+LORA_WIDTHS = {
+    "grouped": {},
+    "rows of 72 and 28 bytes": {
+        "hidden_size": 18,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "intermediate_size": 7,
+    },
+}
+
+
+@every_family
+@pytest.mark.parametrize("case", LORA_EXPERTS)
+@pytest.mark.parametrize("rank", [1, 3, 16])
+@pytest.mark.parametrize("widths", LORA_WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lora_on_experts_is_the_dense_sum_over_changed_experts(family, case, rank, widths, dtype):
+    """y and the gradients of x, router, A and B of both stacks, against double precision. The
+    adapters stay float32 on a float64 base, whose products are then exact to rounding."""
+    variant, options = LORA_EXPERTS[case]
+    torch.manual_seed(rank)
+    base = make_base(family, dtype, **LORA_WIDTHS[widths])
+    model = apply_perft(base, variant, rank=rank, alpha=2.5 * rank, dropout=0.0, **options)
+    k, renormalise = base.config.num_experts_per_tok, base.config.norm_topk_prob
+    for block in model.layers:
+        block.moe.router.weight.requires_grad_()
+        for p in block.moe.experts.parameters():
+            if p.requires_grad:
+                p.data.normal_(std=0.3)
+        x = torch.randn(1, 6, base.config.hidden_size, dtype=dtype).requires_grad_()
+        direction = torch.randn_like(x)
+        lora = [p for p in block.moe.experts.parameters() if p.requires_grad]
+        assert len(lora) == 4 and {p.dtype for p in lora} == {torch.float32}
+        leaves = [x, block.moe.router.weight, *lora]
+        y = block.moe(x)[0]
+        ours = torch.autograd.grad((y * direction).sum(), leaves)
+        x64, router = leaf(x), leaf(block.moe.router.weight)
+        dense = dense_experts(x64[0], router, block.moe.experts, k, renormalise)
+        exact = torch.autograd.grad((dense * direction[0]).sum(), [x64, router, *lora])
+        limit = 1e-5 if dtype == torch.float32 else 1e-6
+        assert gap(y[0], dense) < limit
+        for mine, theirs in zip(ours, exact):
+            assert theirs.abs().max() > 0 and gap(mine, theirs) < limit
+
+
+@pytest.mark.parametrize("case", LORA_EXPERTS)
+def test_lora_on_experts_of_a_bfloat16_base_is_off_by_rounding_only(case):
+    """Output and gradients of A and B within 2 % of the norm of those in float32, same weights."""
     results = []
-    for everything in (False, True):
-        monkeypatch.setattr(perft, "can_group", lambda x, *widths, all=everything: not all)
-        block = make_adapted("E", dropout=0.5).layers[0].moe
-        x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
-        quiet = block(x)[0]
-        torch.manual_seed(4)
-        y = block.train()(x)[0]
-        assert gap(y, quiet) > 0.01, "nothing was dropped"
-        leaves = (x, block.adapters.A, block.adapters.B)
-        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
-    assert all(gap(chosen, every) < 1e-5 for chosen, every in zip(*results))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_adapted(case, dtype=dtype, rank=5)
+        if dtype == torch.float32:  # the values that bfloat16 has
+            for p in model.parameters():
+                if not p.requires_grad:
+                    p.data = p.data.bfloat16().float()
+        block = model.layers[0].moe
+        x = torch.randn(1, 50, 32, generator=torch.Generator().manual_seed(3)).bfloat16()
+        routing = block.router(x[0].float())  # of float32 in both: no choice flips
+        routing = routing._replace(routing_weights=routing.routing_weights.to(dtype))
+        y = block.experts(x[0].to(dtype), routing)
+        lora = [p for p in block.experts.parameters() if p.requires_grad]
+        results.append([y.float(), *torch.autograd.grad(y.float().square().sum(), lora)])
+    for exact, rounded in zip(*results):
+        assert (exact - rounded).norm() < 0.02 * exact.norm()
+
+
+def test_lora_on_experts_forms_no_changed_matrix_and_keeps_little():
+    """Between forward and backward: x (N, D), bottlenecks (R, 8), gate_up and the input of down
+    (R, F), and no row (R, D); of (E, 2F, D) and (E, D, F) the frozen stacks themselves."""
+    block = apply_perft(make_base(intermediate_size=24), "lora_experts", rank=3).layers[0].moe
+    x = torch.randn(1, 7, 32).requires_grad_()
+    kept = kept_by(lambda: block(x))
+    assert (7, 32) in kept and (21, 8) in kept and (21, 24) in kept and (21, 32) not in kept
+    assert kept.count((8, 48, 32)) == kept.count((8, 32, 24)) == 1
+
+
+@pytest.mark.parametrize("case", LORA_EXPERTS)
+def test_dropout_of_lora_on_experts_is_on_the_input_of_both_matrices(case):
+    """Rank 8, one feature in x: where it is dropped, gate_up adds nothing, else twice as much; of
+    the down matrix alone, expectation over draws is what eval gives."""
+    model = make_adapted(case, rank=8, dropout=0.5)
+    experts = model.layers[0].moe.experts.train()
+    experts.down_lora.B.data.zero_()
+    x = torch.zeros(600, 32)
+    x[:, 3] = 1.0
+    ids = torch.full((600, 1), 3)
+    routing = moe.Routing(torch.zeros(600, 8), torch.ones(600, 1), ids)
+    rows = experts(x, routing)
+    doubled = experts.eval()(x[:1], routing_of_one(routing))
+    experts.gate_up_lora.B.data.zero_()
+    frozen = experts(x[:1], routing_of_one(routing))
+    dropped = (rows - frozen).abs().amax(-1) < 1e-5 * rows.abs().max()
+    assert 0.4 < dropped.float().mean() < 0.6
+    assert len(torch.unique(rows[~dropped].mul(1e4).round(), dim=0)) == 1
+    assert not torch.allclose(rows[~dropped][:1], doubled, atol=1e-4), "it is scaled by 2"
+
+
+def routing_of_one(routing):
+    return moe.Routing(*(t[:1] for t in routing))
+
+
+def test_lora_counts_of_olmoe_are_those_of_the_literature():
+    """OLMoE-1B-7B, r = 16: 117 M trained with a pair for each expert, 51 M with shared outer
+    halves; a token meets 8 of 64, and the shared halves once."""
+    config = hub.make_config(OLMOE_1B_7B, Config)
+    L, D, F_, E, K, r = 16, 2048, 1024, 64, 8, 16
+    own, outer = 3 * F_ * r, 2 * D * r  # an expert's: inner halves 2F + F, outer halves D + D
+    wanted = {
+        False: (L * E * (own + outer), L * K * (own + outer)),
+        True: (L * (E * own + outer), L * (K * own + outer)),
+    }
+    assert round(wanted[False][0] / 1e6) == 117 and round(wanted[True][0] / 1e6) == 51
+    for shared, counts in wanted.items():
+        with torch.device("meta"):
+            model = MoETransformer(config)
+            apply_perft(model, "lora_experts", rank=r, shared_outer=shared)
+        rows = what_trains(model)
+        assert (sum(r.parameters for r in rows), sum(r.activated for r in rows)) == counts
+        assert "at most 8 experts, of rank 16 each" in report(model)
+
+
+# What is kept ------------------------------------------------------------------------------------
 
 
 def kept_by(forward):
@@ -406,7 +565,7 @@ def adapt_reference(reference, model):
 
 @both_families
 @every_kind
-@pytest.mark.parametrize("case", [*WITH_LORA, "E and routers"])
+@pytest.mark.parametrize("case", [*CASES, "lora_qv", "E and routers"])
 def test_a_whole_model_has_the_loss_and_gradients_of_transformers_with_adapters(
     references, family, kind, case
 ):
@@ -831,7 +990,8 @@ def test_the_first_step_moves_B_and_the_second_everything_else(case, family):
         start = {name: p.detach().clone() for name, p in trained(model).items()}
         take_steps(model, steps=steps, ids=ids, weight_decay=0.0)
         for name, p in trained(model).items():
-            one_each = (p - start[name]).abs().flatten(1 if ".adapters." in name else 0).amax(-1)
+            stacked = ".adapters." in name or ".experts." in name
+            one_each = (p - start[name]).abs().flatten(1 if stacked else 0).amax(-1)
             moves = name.endswith(".B") or (steps == 2 and not inert(case, name))
             if (
                 name.endswith("adapters.router.weight")
@@ -911,7 +1071,7 @@ def test_the_papers_initialisation_has_the_papers_spreads(case):
             )
 
 
-@pytest.mark.parametrize("case", ["S", "D of 3", "R 2 of 4", "E", "lora_qv"])
+@pytest.mark.parametrize("case", ["S", "D of 3", "R 2 of 4", "E", *LORA])
 def test_loras_initialisation_is_uniform_within_one_over_root_D_and_B_is_zero(case):
     """Kaiming-uniform with a = sqrt(5) is U(-1/sqrt(D), 1/sqrt(D)); its std is the bound /
     sqrt(3)."""
@@ -922,7 +1082,7 @@ def test_loras_initialisation_is_uniform_within_one_over_root_D_and_B_is_zero(ca
         if name.endswith(".B"):
             assert p.count_nonzero() == 0
         elif name.endswith(".A"):
-            bound = 1 / math.sqrt(256)
+            bound = 1 / math.sqrt(p.shape[-1])
             assert 0.99 * bound < p.abs().max() <= bound
             assert abs(p.std().item() * math.sqrt(3) / bound - 1) < 0.05
         else:
@@ -1027,6 +1187,10 @@ IMPOSSIBLE = {
     "no list of a layer": ("perft_e", {"experts": [[0], 1]}, "layer 1: 1"),
     "no whole expert": ("perft_e", {"experts": [[0], [1.0]]}, "layer 1.*1.0"),
     "experts without E": ("perft_s", {"experts": [[0], [1]]}, "perft_s.*perft_e"),
+    "shared halves of what has none": ("perft_e", {"shared_outer": True}, "perft_e.*lora_experts"),
+    "routers in a LoRA": ("lora_experts", {"train_router": True}, "no place for routers"),
+    "an expert outside, LoRA": ("lora_experts", {"experts": [[0, 8], [1]]}, "layer 0.*8"),
+    "a rank beyond all": ("lora_experts", {"rank": 9 * 10**18}, "rank is 9000000000000000000"),
     "a rank that is true": ("perft_s", {"rank": True}, "rank is True"),
     "no number": ("perft_s", {"alpha": math.nan}, "alpha is nan"),
 }
@@ -1126,7 +1290,12 @@ def test_adapters_survive_saving_and_loading_bit_for_bit(tmp_path, case, family,
     stored, ours = load_file(tmp_path / "adapter_model.safetensors"), trained(model)
     assert {t.dtype for t in stored.values()} == {torch.float32}
     assert len(stored) == len(ours)
-    assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in ours.values())
+    if EVERYTHING[case][1].keys() & {"shared_outer", "experts"} and "lora" in case:
+        ours_in_full = trained(make_adapted("lora_experts", family))  # as PEFT knows it
+    else:
+        ours_in_full = ours
+    sizes = [sum(t.numel() for t in tensors.values()) for tensors in (stored, ours_in_full)]
+    assert sizes[0] == sizes[1]
     loaded = load_adapter(make_base(family, dtype), tmp_path)
     assert not any(m.training for m in loaded.modules())
     assert {n: p.dtype for n, p in loaded.named_parameters()} == {
@@ -1158,17 +1327,180 @@ def test_trained_pretrained_routers_are_in_the_file_and_come_back(tmp_path, dtyp
     )
 
 
-@both_families
-def test_a_lora_qv_folder_loads_in_peft(tmp_path, folders, family):
-    """Logits of PeftModel on transformers' model of the same base folder, to 1e-5."""
+def in_peft(folder, base_folder):
+    """(transformers' model, PEFT's of the adapter in `folder` on it)."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    model = make_adapted("lora_qv", family, alpha=7)
-    save_adapter(model, tmp_path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    return load(base_folder, dtype=torch.float32), peft.PeftModel.from_pretrained(
+        load(base_folder, dtype=torch.float32), folder
+    ).eval()
+
+
+@both_families
+@every_lora
+def test_a_lora_folder_loads_in_peft_and_comes_back(tmp_path, folders, family, case):
+    """Logits of PeftModel on transformers' model of the same base folder, to 1e-5; what PEFT saves
+    of it loads here, without a word of ours in its adapter_config.json."""
+    model = make_adapted(case, family, alpha=7)
+    save_adapter(model, tmp_path / "ours")
+    plain, theirs = in_peft(tmp_path / "ours", folders[family])
+    logits = theirs(IDS).logits
+    assert gap(model(IDS).logits, logits) < 1e-5
+    assert gap(plain(IDS).logits, logits) > 0.01
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert "variant" not in json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    loaded = load_adapter(make_base(family), tmp_path / "theirs")
+    assert gap(loaded(IDS).logits, logits) < 1e-5
+
+
+EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+TRAINED_BY_PEFT = {
+    "q, v": {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1},
+    "experts": {"target_modules": [], "target_parameters": EXPERT_PARAMETERS},
+    "experts, short names": {
+        "target_modules": [],
+        "target_parameters": ["experts.down_proj", "experts.gate_up_proj"],
+    },
+    "q, v, rslora": {"target_modules": ["v_proj", "q_proj"], "use_rslora": True},
+    "experts, rslora, gaussian": {
+        "target_modules": [],
+        "target_parameters": EXPERT_PARAMETERS,
+        "use_rslora": True,
+        "init_lora_weights": "gaussian",
+    },
+}
+
+
+@both_families
+@pytest.mark.parametrize("name", TRAINED_BY_PEFT)
+def test_an_adapter_that_peft_trained_loads_here(tmp_path, folders, family, name):
+    """Rank 5, alpha 3, three steps of AdamW in PEFT: logits equal to 1e-5, here and after a merge,
+    on every base that it was trained on."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
     base = transformers.AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32)
-    plain = base(IDS).logits
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()(IDS).logits
-    assert gap(model(IDS).logits, theirs) < 1e-5
-    assert gap(plain, theirs) > 0.01
+    options = {"task_type": "CAUSAL_LM", "r": 5, "lora_alpha": 3} | TRAINED_BY_PEFT[name]
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**options))
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        theirs(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    theirs.save_pretrained(tmp_path)
+    logits = theirs.eval()(IDS).logits
+    model = load_adapter(make_base(family), tmp_path)
+    assert gap(model(IDS).logits, logits) < 1e-5 < 0.01 < gap(make_base(family)(IDS).logits, logits)
+    assert gap(merge(model)(IDS).logits, logits) < 1e-5
+
+
+PLAIN_PEFT = {
+    "peft_type": "LORA",
+    "r": 3,
+    "lora_alpha": 7,
+    "target_modules": ["q_proj", "v_proj"],
+    "base_model_name_or_path": "x",
+}
+NOT_THE_SAME_LORA = {
+    "k too": {"target_modules": ["q_proj", "k_proj", "v_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "one stack": {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
+    "both": {"target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]},
+    "nothing": {"target_modules": None},
+    "no names": {"target_modules": [["a"], 5]},
+    "a rank of its own": {"rank_pattern": {"q_proj": 4}},
+    "an alpha of its own": {"alpha_pattern": {"q_proj": 4}},
+    "dora": {"use_dora": True},
+    "a bias": {"bias": "all"},
+    "a bias in B": {"lora_bias": True},
+    "whole modules": {"modules_to_save": ["lm_head"]},
+    "some layers": {"layers_to_transform": [0]},
+    "not all": {"exclude_modules": ["layers.0.q_proj"]},
+    "transposed": {"fan_in_fan_out": True},
+    "a changed base": {"init_lora_weights": "pissa"},
+    "tokens": {"trainable_token_indices": [3]},
+    "of tomorrow": {"use_hyper_lora": True},
+    "no LoRA": {"peft_type": "IA3"},
+    "no type": {"peft_type": None},
+    "a huge rank": {"r": 9 * 10**18},
+    "a text": {"r": "8"},
+    "infinite": {"lora_alpha": float("inf")},
+    "rank 0": {"r": 0},
+    "a negative rank": {"r": -4, "use_rslora": True},
+    "another rank than the tensors'": {"r": 4},
+}
+
+
+@pytest.mark.parametrize("name", NOT_THE_SAME_LORA)
+def test_what_peft_can_and_this_cannot_is_refused_by_name(tmp_path, name):
+    """One line with the file and the key; the same file without that key loads."""
+    model = make_adapted("lora_qv")
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(PLAIN_PEFT))
+    assert gap(load_adapter(make_base(), tmp_path)(IDS).logits, model(IDS).logits) > 0  # alpha 7
+    path.write_text(json.dumps(PLAIN_PEFT | NOT_THE_SAME_LORA[name]))
+    plain = make_base()
+    with pytest.raises(ValueError) as error:
+        load_adapter(plain, tmp_path)
+    message, key = one_line(error), list(NOT_THE_SAME_LORA[name])[0]
+    if name == "another rank than the tensors'":
+        key = "[3, 32]"
+    elif key.startswith("target"):
+        key = "q_proj" if name != "all-linear" else "target_modules"
+    elif key == "r":
+        key = "r is" if name == "a text" else "rank is" if "rank" in name else "r is"
+    assert (key in message or name == "a huge rank") and str(tmp_path) in message, message
+    apply_perft(plain, "perft_s")  # the model is as it was
+
+
+HOSTILE = {
+    "experts": [5, [["a"]], [[0, 8], [1]], {"0": [1]}, [[]], [[True], [0]]],
+    "rank": [9 * 10**18, 2**40, -1, 1.5, "3", [3], True],
+    "num_adapters": [2**31 - 1, 0, [4]],
+    "alpha": [1e308, 10**400, "x", [1]],
+    "dropout": [5, -1, "x"],
+    "variant": ["perft_x", ["perft_s"], 5, {}],
+    "train_router": [1, "no", [True]],
+    "shared_outer": ["yes", 1],
+    "kind": [["lora"], 3],
+    "base": [7, [1], "x"],
+}
+
+
+@pytest.mark.parametrize("key", HOSTILE)
+@pytest.mark.parametrize("case", ["E", "lora_experts"])
+def test_a_hostile_adapter_config_is_one_line_that_names_the_file(tmp_path, case, key):
+    """Wrong kinds and absurd sizes, in files of ours: no traceback, no memory taken."""
+    save_adapter(make_adapted(case), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    good = json.loads(path.read_text())
+    for value in HOSTILE[key]:
+        path.write_text(json.dumps(good | {key: value}))
+        plain = make_base()
+        with pytest.raises(ValueError) as error:
+            load_adapter(plain, tmp_path)
+        message = one_line(error)
+        assert str(tmp_path) in message and len(message) < 600, message
+        apply_perft(plain, "perft_s")
+
+
+@pytest.mark.parametrize("case", ["S", "lora_qv", "lora_experts"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path, case, bad):
+    """One number of one tensor: the line names it, and the model is as it was."""
+    save_adapter(make_adapted(case), tmp_path)
+    names = []
+
+    def spoil(tensors):
+        names.append(sorted(tensors)[-1])
+        tensors[names[0]].view(-1)[5] = bad
+
+    edit_tensors(tmp_path, spoil)
+    plain = make_base()
+    with pytest.raises(ValueError) as error:
+        load_adapter(plain, tmp_path)
+    assert names[0] in one_line(error) and "finite" in str(error.value)
+    apply_perft(plain, "perft_s")
 
 
 @pytest.mark.parametrize("case", [*CASES, *BASELINES])
@@ -1187,10 +1519,11 @@ def test_a_lora_qv_folder_for_peft_holds_nothing_that_peft_would_drop(tmp_path):
 
 
 @both_families
-def test_a_merged_lora_qv_is_a_plain_model(tmp_path, family):
+@every_lora
+def test_a_merged_lora_is_a_plain_model(tmp_path, family, case):
     """The same logits to 1e-5, the base's parameter names, and a folder that loads without
     adapters."""
-    model, plain = make_adapted("lora_qv", family), make_base(family)
+    model, plain = make_adapted(case, family), make_base(family)
     logits = model(IDS).logits
     assert merge(model) is model
     assert gap(model(IDS).logits, logits) < 1e-5 < gap(plain(IDS).logits, logits)
@@ -1200,13 +1533,104 @@ def test_a_merged_lora_qv_is_a_plain_model(tmp_path, family):
     apply_perft(model, "perft_s")  # plain: takes adapters
 
 
+@pytest.mark.parametrize("case", LORA)
+def test_a_merge_into_bfloat16_rounds_once(case):
+    """Each changed weight is W + B A alpha/r of double precision, rounded to bfloat16, but for the
+    last digit of float32; where an expert has no LoRA, W bit for bit."""
+    model = make_adapted(case, dtype=torch.bfloat16)
+    attention, experts = model.layers[1].self_attn, model.layers[1].moe.experts
+    if case == "lora_qv":
+        lora = attention.v_proj
+        exact = lora.weight.double() + lora.B.double() @ lora.A.double() * lora.scale
+        before = lora.weight.clone()
+    else:
+        A, B = whole_stacks(experts.down_lora, 8)
+        exact = experts.down_proj.double() + B @ A * experts.down_lora.scale
+        before = experts.down_proj.clone()
+    merge(model)
+    block = model.layers[1]
+    after = block.self_attn.v_proj.weight if case == "lora_qv" else block.moe.experts.down_proj
+    assert after.dtype == torch.bfloat16
+    assert (after == exact.to(torch.bfloat16)).float().mean() > 0.999
+    assert gap(after.double(), exact) < 2**-8
+    if "some" in case:
+        same = [torch.equal(a, b) for a, b in zip(after, before)]
+        assert same == [e not in SOME_EXPERTS[1] for e in range(8)]
+
+
 @pytest.mark.parametrize("case", [*CASES, *BASELINES])
 def test_what_stands_beside_an_expert_is_not_merged(case):
-    """Only lora_qv is a change of weights."""
+    """Only LoRA is a change of weights: the message says so, and what the variant is."""
     model = make_adapted(case)
-    with pytest.raises(ValueError, match="merge") as error:
+    with pytest.raises(ValueError, match="cannot be merged.*lora_experts.*beside the exp") as error:
         merge(model)
-    one_line(error)
+    assert EVERYTHING[case][0] in one_line(error)
+
+
+@pytest.fixture
+def run_folder(tmp_path, folders):
+    """A folder as train.py leaves it: adapter and config.json, which knows the base."""
+
+    def make(case, family="mixtral", dtype="float32", **options):
+        folder = tmp_path / "run"
+        model = make_adapted(case, family, getattr(torch, dtype), **options)
+        save_adapter(model, folder)
+        settings = {"base": str(folders[family]), "dtype": dtype}
+        (folder / "config.json").write_text(json.dumps(settings))
+        (folders[family] / "tokenizer.json").write_text('{"of": "the base"}')
+        return folder, model
+
+    return make
+
+
+@every_lora
+@every_dtype
+def test_perft_merge_writes_a_folder_that_transformers_loads(run_folder, tmp_path, case, dtype):
+    """python perft.py merge RUN NEW: the logits of the adapted model, in the dtype of the run, with
+    the base's tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    name = str(dtype).removeprefix("torch.")
+    folder, model = run_folder(case, dtype=name)
+    perft.main(["merge", str(folder), str(tmp_path / "new")])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype="auto")
+    assert theirs.dtype == dtype
+    limit = 1e-5 if dtype == torch.float32 else 0.1
+    ours = model(IDS).logits.float()
+    assert gap(theirs(IDS).logits.float(), ours) < limit
+    assert (tmp_path / "new" / "tokenizer.json").read_text() == '{"of": "the base"}'
+
+
+def test_a_merge_goes_into_a_new_folder_of_a_lora_only(run_folder, tmp_path):
+    """What is there stays; a PERFT run, a wrong dtype and a missing run are one line."""
+    folder, _ = run_folder("lora_qv")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    for taken in ("full", "full/thesis.txt"):
+        with pytest.raises(ValueError, match="empty folder") as error:
+            perft.main(["merge", str(folder), str(tmp_path / taken)])
+        assert taken in one_line(error)
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+    settings = json.loads((folder / "config.json").read_text())
+    for wrong in ({"dtype": "float16"}, {"dtype": 7}, {"base": 5}):
+        (folder / "config.json").write_text(json.dumps(settings | wrong))
+        with pytest.raises(ValueError, match="config.json") as error:
+            perft.main(["merge", str(folder), str(tmp_path / "new")])
+        one_line(error)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        perft.main(["merge", str(tmp_path / "nowhere"), str(tmp_path / "new")])
+    folder, _ = run_folder("R 2 of 4")
+    with pytest.raises(ValueError, match="perft_r cannot be merged"):
+        perft.main(["merge", str(folder), str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_adapter_of_peft_is_merged_into_a_base_that_is_named(run_folder, folders, tmp_path):
+    """A folder without a config.json of train.py: BASE says where the base is."""
+    folder, model = run_folder("lora_experts")
+    (folder / "config.json").unlink()
+    perft.main(["merge", str(folder), str(tmp_path / "new"), str(folders["mixtral"])])
+    merged = MoETransformer.from_pretrained(tmp_path / "new")
+    assert gap(merged(IDS).logits, model(IDS).logits) < 1e-5
 
 
 @pytest.mark.parametrize("use", [merge, lambda model: save_adapter(model, "never_written")])
