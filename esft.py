@@ -55,9 +55,6 @@ import torch.nn.functional as F
 from moe import (
     Combine,
     Dispatch,
-    Experts,
-    Routing,
-    can_group,
     expert_counts,
     experts_loop,
     grouped_mm,
@@ -70,12 +67,14 @@ from perft import (
     check_fingerprint,
     fingerprint,
     refuse_second,
-    report,
     train_master,
 )
 
 CONFIG, WEIGHTS = "expert_cfg.json", "expert_weights.safetensors"
 SCORES, PICTURE = "scores.json", "scores.svg"
+Choice = list[list[int]]  # of each layer the ids of the chosen experts, best first
+# beginnings of the files that an exported model takes from its base
+BESIDE = ("tokenizer", "special_tokens_map", "added_tokens", "generation_config", "chat_template")
 
 
 class Usage(NamedTuple):
@@ -90,9 +89,8 @@ class Usage(NamedTuple):
 def collect(model, batches: Iterable) -> Usage:
     """Count over batches of (input_ids, ..., mask), each (B, T); mask is 0 on padding."""
     L, E = model.config.num_hidden_layers, model.config.num_experts
-    device = model.norm.weight.device
-    counts = torch.zeros(L, E, dtype=torch.int64, device=device)
-    gate_sums = torch.zeros(L, E, dtype=torch.float64, device=device)
+    counts = torch.zeros(L, E, dtype=torch.int64, device=model.norm.weight.device)
+    gate_sums = counts.double()
     n_tokens = 0
     was_training = model.training
     model.eval()
@@ -117,22 +115,20 @@ def expert_scores(counts, gate_sums, n_tokens: int, top_k: int, kind="token") ->
 
     kind: token, gate, gate_share. ValueError for another one, and for a sample without tokens.
     """
-    if kind not in ("token", "gate", "gate_share"):
-        raise ValueError(f"kind is {kind!r}; choose from token, gate, gate_share")
     if n_tokens < 1:
         raise ValueError("no token was counted: the sample is empty, or all of it was left out")
-    if kind == "token":
-        return torch.as_tensor(counts, dtype=torch.float64) / (top_k * n_tokens)
+    token = torch.as_tensor(counts, dtype=torch.float64) / (top_k * n_tokens)
     gate = torch.as_tensor(gate_sums, dtype=torch.float64) / n_tokens
-    if kind == "gate":
-        return gate
-    return gate / gate.sum(-1, keepdim=True)
+    scores = {"token": token, "gate": gate, "gate_share": gate / gate.sum(-1, keepdim=True)}
+    if kind not in scores:
+        raise ValueError(f"kind is {kind!r}; choose from {', '.join(scores)}")
+    return scores[kind]
 
 
 # Selection ---------------------------------------------------------------------------------------
 
 
-def select_experts(scores: torch.Tensor, p: float, bind: int = 1) -> list[list[int]]:
+def select_experts(scores: torch.Tensor, p: float, bind: int = 1) -> Choice:
     """The chosen experts of each layer, best first. bind: choose whole groups, see bind_groups."""
     if not 0 < p <= 1:
         raise ValueError(f"p is {p}; it must be more than 0 and at most 1")
@@ -143,11 +139,11 @@ def select_experts(scores: torch.Tensor, p: float, bind: int = 1) -> list[list[i
     return chosen
 
 
-def rounded(scores) -> list[list[float]]:
-    return [[round(score, 4) for score in layer] for layer in torch.as_tensor(scores).tolist()]
+def rounded(scores):
+    return [[round(score, 4) for score in layer] for layer in scores.tolist()]
 
 
-def smallest_prefix(scores: list[float], p: float) -> list[int]:
+def smallest_prefix(scores, p):
     taken, total = [], 0.0
     # a stable sort: of equal scores the lower id comes first
     for e in sorted(range(len(scores)), key=lambda e: -scores[e]):
@@ -162,14 +158,13 @@ def bind_groups(scores: torch.Tensor, G: int) -> torch.Tensor:
     """A control: does it matter that experts are chosen singly? Expert e belongs to group e // G, a
     group's score is the sum of its members'. (L, E) -> (L, E/G). The order of ids means nothing, so
     the members of a group are alike by chance only."""
-    scores = torch.as_tensor(scores, dtype=torch.float64)
     L, E = scores.shape
     if G < 1 or E % G != 0:
         raise ValueError(f"{E} experts cannot be bound into groups of {G}")
-    return scores.view(L, E // G, G).sum(-1)
+    return scores.double().view(L, E // G, G).sum(-1)
 
 
-def random_experts(chosen: list[list[int]], num_experts: int, seed: int) -> list[list[int]]:
+def random_experts(chosen: Choice, num_experts: int, seed: int) -> Choice:
     """The control for relevance: as many experts of each layer, drawn from all of them."""
     rng = random.Random(seed)
     return [rng.sample(range(num_experts), len(ids)) for ids in chosen]
@@ -177,14 +172,9 @@ def random_experts(chosen: list[list[int]], num_experts: int, seed: int) -> list
 
 def warnings_for(scores: torch.Tensor, p: float) -> list[str]:
     """What a user should know before training with this choice."""
-    sums = [round(sum(layer), 4) for layer in rounded(scores)]
-    short = [f"layer {i} ({total})" for i, total in enumerate(sums) if total < p]
-    if not short:
-        return []
-    return [
-        f"all experts of a layer are chosen where its scores sum to less than p {p}: "
-        f"{', '.join(short)}"
-    ]
+    short = [i for i, layer in enumerate(rounded(scores)) if round(sum(layer), 4) < p]
+    text = f"the scores of layers {short} sum to less than p {p}: all their experts are chosen"
+    return [text] if short else []
 
 
 # Training the chosen -----------------------------------------------------------------------------
@@ -207,11 +197,8 @@ class ChosenProduct(torch.autograd.Function):
     def backward(ctx, grad):
         rows, bank, masters, ends = ctx.saved_tensors
         grad = packed(grad)
-        grad_rows = grad_masters = None
-        if ctx.needs_input_grad[0]:
-            grad_rows = grouped_mm(grad, bank, ends)
-        if ctx.needs_input_grad[2]:
-            grad_masters = grouped_mm(grad.t(), rows, ends[: len(masters)]).to(masters.dtype)
+        grad_rows = grouped_mm(grad, bank, ends) if ctx.needs_input_grad[0] else None
+        grad_masters = grouped_mm(grad.t(), rows, ends[: len(masters)]).to(masters.dtype)
         return grad_rows, None, grad_masters, None
 
 
@@ -225,35 +212,30 @@ class ChosenExperts(nn.Module):
     into the bank.
     """
 
-    def __init__(self, experts: Experts, chosen: list[int]):
+    def __init__(self, experts, chosen):
         super().__init__()
-        gate_up, down = experts.gate_up_proj.data, experts.down_proj.data
-        n, E = len(chosen), len(down)
-        others = [e for e in range(E) if e not in chosen]
+        n = len(chosen)
+        others = [e for e in range(len(experts.down_proj)) if e not in chosen]
+        # on the CPU also where the model is on meta: no checkpoint would fill it
         order = torch.tensor(chosen + others, device="cpu")
-        position = order.argsort()  # expert id -> its place in the bank
-        if not down.is_meta:  # else it is real on the CPU: no checkpoint would fill it
-            position, order = position.to(down.device), order.to(down.device)
-        self.register_buffer("position", position, persistent=False)  # (E,)
-        self.gate_up_bank = nn.Parameter(gate_up[order], requires_grad=False)  # (E, 2F, D)
-        self.down_bank = nn.Parameter(down[order], requires_grad=False)  # (E, D, F)
-        precise = torch.promote_types(down.dtype, torch.float32)
+        self.register_buffer("position", order.argsort(), persistent=False)  # (E,)
+        self.gate_up_bank = nn.Parameter(experts.gate_up_proj.data[order], requires_grad=False)
+        self.down_bank = nn.Parameter(experts.down_proj.data[order], requires_grad=False)
         # the masters, under the names that these matrices have in moe.Experts
-        self.gate_up_proj = nn.Parameter(self.gate_up_bank.data[:n].to(precise, copy=True))
-        self.down_proj = nn.Parameter(self.down_bank.data[:n].to(precise, copy=True))
+        self.gate_up_proj = nn.Parameter(self.gate_up_bank.data[:n].to(torch.float32, copy=True))
+        self.down_proj = nn.Parameter(self.down_bank.data[:n].to(torch.float32, copy=True))
         self.path = experts.path
 
     def pairs(self):
         """(bank, masters) of both stacks."""
         return (self.gate_up_bank, self.gate_up_proj), (self.down_bank, self.down_proj)
 
-    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def forward(self, x, routing):
         """x (N, D), Routing -> y (N, D)."""
-        E, D, F_ = self.down_bank.shape
-        if self.path == "loop" or not can_group(x, D, F_):
+        if self.path == "loop":
             weights = [self.by_id(bank, masters) for bank, masters in self.pairs()]
             return experts_loop(x, routing, *weights)
-        order = sort_by_expert(self.position[routing.selected_experts], E)
+        order = sort_by_expert(self.position[routing.selected_experts], len(self.down_bank))
         rows = Dispatch.apply(x, order)  # (R, D)
         gate_up = ChosenProduct.apply(rows, self.gate_up_bank, self.gate_up_proj, order.ends)
         gate, up = gate_up.chunk(2, dim=-1)  # (R, F) each
@@ -263,21 +245,21 @@ class ChosenExperts(nn.Module):
 
     def by_id(self, bank, masters):
         """The stack in the order of expert ids, with the masters' gradient: for experts_loop."""
-        stack = torch.cat((masters.to(bank.dtype), bank[len(masters) :]))
-        return stack[self.position]
+        return torch.cat((masters.to(bank.dtype), bank[len(masters) :]))[self.position]
 
     @torch.no_grad()
     def refresh(self):
         """Copy the masters' values into the bank, also where both are cut over processes."""
         for bank, masters in self.pairs():
             # .data: autograd need not know, a pass that waits for its backward reads equal values
-            held, values, first = bank.data, masters.detach(), 0
-            if hasattr(held, "to_local"):  # cut over processes (data/shard.py)
+            held = bank.data
+            first = 0
+            if hasattr(bank, "to_local"):  # cut over processes
                 from data import shard as processes
 
-                values = processes.whole(values)
                 held, first = processes.held(held)
-            mine = values[first : first + len(held)]
+                masters = processes.whole(masters)
+            mine = masters[first : first + len(held)]
             held[: len(mine)].copy_(mine)
 
     def places(self):
@@ -287,18 +269,7 @@ class ChosenExperts(nn.Module):
         def place(bank, masters, i):
             return Place(masters, i) if i < len(masters) else Place(bank, i)
 
-        position = self.position.tolist()
-        gate_up, down = self.pairs()
-        return [place(*gate_up, i) for i in position], [place(*down, i) for i in position]
-
-    def _apply(self, fn, recurse=True):
-        """Behind .to(), .cuda(), .bfloat16(): the bank obeys, the masters move and stay precise."""
-        before = [(masters, masters.data) for _, masters in self.pairs()]
-        super()._apply(fn, recurse)
-        for masters, master in before:
-            if masters.dtype != master.dtype:
-                masters.data = master.to(masters.device)
-        return self
+        return [[place(*pair, i) for i in self.position.tolist()] for pair in self.pairs()]
 
 
 def refresh(model, inputs=None):
@@ -312,20 +283,20 @@ def refresh(model, inputs=None):
 class EsftConfig(NamedTuple):
     """What trains: the content of expert_cfg.json."""
 
-    experts: list[list[int]]  # of each layer, best first
+    experts: Choice
     train_router: bool = False  # the routers too
     train_non_experts: bool = False  # everything but the other experts
 
 
-def apply_esft(model, chosen: list[list[int]], train_router=False, train_non_experts=False):
+def apply_esft(model, chosen: Choice, train_router=False, train_non_experts=False):
     """Freeze `model`, let the chosen experts of each layer train, in place, and return it.
 
     The two options are the paper's section 6.3: a little more on the task, less kept of everything
-    else. ValueError if it cannot be.
+    else. ValueError if it cannot be. Attach when the base has its dtype: a later model.to(dtype)
+    would cast the float32 masters too.
     """
-    config = EsftConfig([list(ids) for ids in chosen], train_router, train_non_experts)
     refuse_second(model)
-    check_experts(config.experts, model.config)
+    check_experts(chosen, model.config)
     dtype = model.norm.weight.dtype
     if train_non_experts and dtype != torch.float32:
         raise ValueError(
@@ -333,13 +304,16 @@ def apply_esft(model, chosen: list[list[int]], train_router=False, train_non_exp
             "load it in float32"
         )
     for name, p in model.named_parameters():
-        p.requires_grad_(train_non_experts and ".experts." not in name and ".router." not in name)
-    for block, ids in zip(model.layers, config.experts):
+        p.requires_grad_(train_non_experts and ".experts." not in name)
+    for block, ids in zip(model.layers, chosen):
+        router = block.moe.router.weight
         block.moe.experts = ChosenExperts(block.moe.experts, ids)
-        if train_router or train_non_experts:
-            train_master(block.moe.router.weight)
+        if router.device.type != "meta":  # else MoETransformer.allocate moves it
+            block.moe.experts.to(router.device)
+        if train_router:
+            train_master(router)
     model.register_forward_pre_hook(refresh)
-    model.adapter_config = config
+    model.adapter_config = EsftConfig(chosen, train_router, train_non_experts)
     return model
 
 
@@ -350,18 +324,18 @@ def config_of(model) -> EsftConfig:
     return config
 
 
-def describe_choice(chosen: list[list[int]], usage: Usage) -> str:
+def describe_choice(chosen: Choice, usage: Usage) -> str:
     """A table: the chosen experts of each layer, and how much of the sample they carry."""
-    lines = ["layer experts  choices  gate mass (of the layer's)  chosen, best first"]
+    lines = ["layer   choices  gate mass (of the layer's)  chosen, best first"]
     for i, ids in enumerate(chosen):
-        choices = 100 * usage.counts[i] / usage.counts[i].sum()
+        choices = usage.counts[i] / usage.counts[i].sum()
         mass = usage.gate_sums[i] / usage.n_tokens
         lines.append(
-            f"{i:5} {len(ids):7}{choices[ids].sum():7.1f} %  {mass[ids].sum():9.4f} "
-            f"({mass.sum():.4f})           {' '.join(map(str, ids))}"
+            f"{i:5} {100 * choices[ids].sum():7.1f} %  {mass[ids].sum():9.4f} "
+            f"({mass.sum():.4f})           {ids}"
         )
-    count, of = sum(len(ids) for ids in chosen), usage.counts.numel()
-    return "\n".join([*lines, f"trains {count} of {of} experts"])
+    lines.append(f"trains {sum(map(len, chosen))} of {usage.counts.numel()} experts")
+    return "\n".join(lines)
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -370,9 +344,47 @@ def describe_choice(chosen: list[list[int]], usage: Usage) -> str:
 # elsewhere; what saving and loading need is imported where it is used.
 
 
-def save_choice(model, folder: str | Path):
-    """Write expert_cfg.json: the layout of the released files, and two keys they do not have."""
+def read_choice(path: str | Path, base) -> EsftConfig:
+    """An expert_cfg.json, released or ours -> what it lets train; ValueError if this base (a
+    model.Config) cannot do that."""
     from data import run
+
+    content = run.read_json(
+        path,
+        experts=dict,
+        shared_experts=bool,
+        router=bool,
+        non_expert_modules=bool,
+    )
+    if content.get("shared_experts"):
+        raise ValueError(f"{path}: shared_experts is true, {base.model_type} models have none")
+    experts = content.get("experts") or {}
+    chosen = [experts.get(str(i)) for i in range(len(experts))]
+    try:
+        check_experts(chosen, base)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return EsftConfig(
+        chosen,
+        train_router=content.get("router") is True,
+        train_non_experts=content.get("non_expert_modules") is True,
+    )
+
+
+def trained_places(model) -> dict:
+    """Of a Hugging Face folder's tensors, those that train: name -> place."""
+    from data import hub
+
+    table = hub.places(model).items()
+    return {name: place for name, place in table if place.parameter.requires_grad}
+
+
+def save(model, folder: str | Path):
+    """Write expert_cfg.json, in the released layout with two keys more, and what trains as
+    expert_weights.safetensors: whole tensors (not differences) in the base's dtype under the
+    checkpoint's names. Laid over the base's tensors, they make the fine-tuned checkpoint."""
+    from data import hub, run
+    from data import shard as processes
 
     config = config_of(model)
     content = {
@@ -382,78 +394,45 @@ def save_choice(model, folder: str | Path):
         "router": config.train_router,
         "base": fingerprint(model.config),
     }
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    run.write_json(Path(folder) / CONFIG, content)
-
-
-def read_choice(path: str | Path, base) -> EsftConfig:
-    """An expert_cfg.json, released or ours -> what it lets train; ValueError if this base (a
-    model.Config) cannot do that."""
-    from data import run
-
-    return parse_choice(run.read_json(path), path, base)
-
-
-def parse_choice(content: dict, path: str | Path, base) -> EsftConfig:
-    experts, L = content.get("experts"), base.num_hidden_layers
-    if not isinstance(experts, dict) or len(experts) != L:
-        raise ValueError(
-            f'{path}: no "experts" with a list of ids for each of {L} layers, 0..{L - 1}'
-        )
-    if content.get("shared_experts"):
-        raise ValueError(f"{path}: shared_experts is true, {base.model_type} models have none")
-    chosen = [experts.get(str(i)) for i in range(L)]
-    try:
-        check_experts(chosen, base)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    router, non_experts = content.get("router"), content.get("non_expert_modules")
-    return EsftConfig(chosen, router is True, non_experts is True)
-
-
-def trained_places(model) -> dict:
-    """Of a Hugging Face folder's tensors, those that train: name -> place."""
-    from data import hub
-
-    table = hub.places(model)
-    return {name: place for name, place in table.items() if place.parameter.requires_grad}
-
-
-def save(model, folder: str | Path):
-    """Write expert_cfg.json and expert_weights.safetensors: what trains, as whole tensors (not
-    differences) in the base's dtype under the checkpoint's names. Laid over the base's tensors,
-    they make the fine-tuned checkpoint."""
-    from data import hub
-    from data import shard as processes
-
     if processes.RANK == 0:
-        save_choice(model, folder)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        run.write_json(Path(folder) / CONFIG, content)
     hub.write_tensors(Path(folder) / WEIGHTS, trained_places(model), model.norm.weight.dtype)
 
 
 def load(model, folder: str | Path):
     """Attach what `save` wrote to its base, in place, and return the model in eval mode.
 
-    ValueError, naming both sides, the model untouched, for another base or for tensors that are not
-    those of the choice.
+    ValueError, naming both sides, the model untouched, for another base, for tensors that are not
+    those of the choice, and for numbers that are none.
     """
     from data import hub, run
 
     path = Path(folder) / CONFIG
     refuse_second(model)
-    content = run.read_json(path)
-    check_fingerprint(content.get("base"), model.config, path)
-    config = parse_choice(content, path, model.config)
+    check_fingerprint(run.read_json(path).get("base"), model.config, path)
+    config = read_choice(path, model.config)
     weights = hub.Tensors(f"{path} and {WEIGHTS}", [Path(folder) / WEIGHTS])
     with torch.device("meta"):  # find every fault before the model is touched
         trial = apply_esft(type(model)(model.config), *config)
     weights.check(trained_places(trial))
+    refuse_nan(weights.files[0], model.norm.weight.dtype)
     apply_esft(model, *config)
     weights.fill(trained_places(model))
     return model.eval()
 
 
-def export(model, folder: str | Path, base: str | Path | None = None):
+def refuse_nan(file, dtype):
+    """ValueError if a tensor of a file has numbers that are NaN or infinite in the dtype."""
+    for name, tensor in file.items():
+        if not tensor.to(dtype).isfinite().all():
+            raise ValueError(
+                f"{file.path}: tensor {name} has numbers that are not finite: it is damaged, "
+                "or its training diverged; train again, with a lower --lr"
+            )
+
+
+def export(model, folder: str | Path, base=None):
     """Write the fine-tuned model as a Hugging Face folder, new or empty, with the tokenizer files
     of the folder `base`. The model is not changed, and nothing of it is copied in memory."""
     import shutil
@@ -466,32 +445,29 @@ def export(model, folder: str | Path, base: str | Path | None = None):
         raise ValueError(
             f"{folder} already exists and is not an empty folder; export writes a new one"
         )
-    files = list(Path(base).iterdir()) if base else []  # before anything is written
     folder.mkdir(parents=True, exist_ok=True)
-    beside = ("tokenizer", "special_tokens_map", "added_tokens", "generation_config")
-    for file in files:
-        if file.name.startswith((*beside, "chat_template")):
+    for file in Path(base).iterdir() if base else []:
+        if file.name.startswith(BESIDE):
             shutil.copyfile(file, folder / file.name)
     hub.write_model(folder, model, model.norm.weight.dtype)
 
 
 def save_scores(model, folder: str | Path, usage: Usage, scores: torch.Tensor, how: dict):
-    """Write scores.json and scores.svg; `how` the choice was made: kind, p and so on."""
+    """Write scores.json and scores.svg into a run's folder; `how` the choice was made."""
     from data import pictures, run
 
     chosen = config_of(model).experts
-    measured = {
-        "counts": usage.counts,
-        "gate_sums": usage.gate_sums,
-        "gate_mass": usage.gate_sums.sum(-1) / usage.n_tokens,
-        "scores": scores,
+    content = how | {
+        "counts": usage.counts.tolist(),
+        "gate_sums": usage.gate_sums.tolist(),
+        "n_tokens": usage.n_tokens,
+        "scores": scores.tolist(),
+        "chosen": chosen,
     }
-    content = how | {name: value.tolist() for name, value in measured.items()}
-    content |= {"n_tokens": usage.n_tokens, "chosen": chosen}
-    Path(folder).mkdir(parents=True, exist_ok=True)
     run.write_json(Path(folder) / SCORES, content)
     title = ", ".join(f"{name} {value}" for name, value in how.items())
-    run.write_text(Path(folder) / PICTURE, pictures.heat_map(scores, chosen, title))
+    picture = pictures.heat_map(content["scores"], chosen, title)
+    run.write_text(Path(folder) / PICTURE, picture)
 
 
 # The lesson and the command ----------------------------------------------------------------------
@@ -504,35 +480,23 @@ def lesson():
     from data.tokenizer import load_tokenizer
     from model import EMBEDDED, MoETransformer
 
-    model, tokenizer = MoETransformer.from_pretrained(EMBEDDED), load_tokenizer(EMBEDDED)
-    E, K = model.config.num_experts, model.config.num_experts_per_tok
-    print(f"The most used of {E} experts that get half of a family's choices, {K} a token;")
-    print("those before the bar get a fifth: ESFT-token (p 0.2) trains these")
+    model = MoETransformer.from_pretrained(EMBEDDED)
+    tokenizer = load_tokenizer(EMBEDDED)
+    print("The experts that get a fifth of a family's choices: ESFT-token (p 0.2) trains these")
     choices = {}
     for name in skills.FAMILIES:
         examples = encode_rows(skills.sample(name, "train", 100), tokenizer)
         usage = collect(model, [pad_batch(examples, tokenizer.pad_id, "cpu")])
-        scores = expert_scores(*usage, K)
-        choices[name] = select_experts(scores, 0.2)
-        print(f"  {name:10}", end="")
-        for fifth, half in zip(choices[name], select_experts(scores, 0.5)):
-            text = " ".join(map(str, [*fifth, "|", *half[len(fifth) :]]))
-            print(f"{text:35}", end="")
-        print()
+        scores = expert_scores(*usage, model.config.num_experts_per_tok)
+        chosen = select_experts(scores, 0.2)
+        choices[name] = {(i, e) for i, ids in enumerate(chosen) for e in ids}
+        print(f"  {name:10}", *(f"{ids!s:16}" for ids in chosen))
 
-    print("\nOverlap: experts chosen for both, % of those chosen for either, mean of the layers")
-    print(" " * 12 + " ".join(f"{name[:6]:>6}" for name in choices))
+    print("\nOverlap: experts chosen for both, as a share of those chosen for either")
+    print(f"{'':11}", *(f"{name:>6.6}" for name in choices))
     for name, mine in choices.items():
-        shares = [100 * overlap(mine, theirs) for theirs in choices.values()]
-        print(f"  {name:10}" + " ".join(f"{share:6.0f}" for share in shares))
-    print("\nESFT for kinship")
-    print(report(apply_esft(model, choices["kinship"])))
-
-
-def overlap(a: list[list[int]], b: list[list[int]]) -> float:
-    """Of the experts chosen in a or b, the share chosen in both: mean of the layers."""
-    shares = [len({*x} & {*y}) / len({*x} | {*y}) for x, y in zip(a, b)]
-    return sum(shares) / len(shares)
+        shares = [len(mine & other) / len(mine | other) for other in choices.values()]
+        print(f"  {name:9}", *(f"{share:6.0%}" for share in shares))
 
 
 def main(argv=None):
@@ -541,34 +505,29 @@ def main(argv=None):
     parser = run.Parser(description="Without arguments: which experts the embedded skills use.")
     commands = parser.add_subparsers(dest="command", parser_class=run.Parser)
     about = "write what a run trained, in its base, as a Hugging Face folder"
-    exporting = commands.add_parser("export", help=about, description=about)
-    exporting.add_argument(
-        "run", metavar="RUN_FOLDER", help="of train.py, or a folder of esft.save"
-    )
-    exporting.add_argument("folder", metavar="NEW_FOLDER")
-    exporting.add_argument("base", metavar="BASE", nargs="?", help="(the run's)")
+    add = commands.add_parser("export", help=about, description=about).add_argument
+    add("run", metavar="RUN_FOLDER", type=Path, help="of train.py, or a folder of esft.save")
+    add("new", metavar="NEW_FOLDER")
+    add("base", metavar="BASE", nargs="?", help="(the run's)")
     args = parser.parse_args(argv)
     if args.command:
-        export_run(Path(args.run), args.folder, args.base)
+        export_run(args.run, args.new, args.base)
     else:
         lesson()
 
 
-def export_run(folder: Path, new: str, base: str | None):
-    """Export what train.py saved in `folder`."""
+def export_run(folder, new, base):
     from data import run
     from model import DTYPES, EMBEDDED, MoETransformer
 
     file = folder / "config.json"  # absent where save was called by hand
-    settings = run.read_json(file) if file.exists() else {}
-    base = str(base or settings.get("base") or EMBEDDED)
+    settings = run.read_json(file, base=str, dtype=str) if file.exists() else {}
+    base = base or settings.get("base") or EMBEDDED
     dtype = settings.get("dtype") or "float32"
-    if dtype not in list(DTYPES):
+    if dtype not in DTYPES:
         raise ValueError(f"{file}: dtype is {run.shown(dtype)}; choose from {', '.join(DTYPES)}")
-    model = load(MoETransformer.from_pretrained(base, DTYPES[dtype]), folder)
-    export(model, new, base)
-    size = (Path(new) / "model.safetensors").stat().st_size
-    print(f"wrote {new}: {base} with the experts of {folder}, {size:,} bytes")
+    export(load(MoETransformer.from_pretrained(base, DTYPES[dtype]), folder), new, base)
+    print(f"wrote {new}: {base} with the experts of {folder}")
 
 
 if __name__ == "__main__":
