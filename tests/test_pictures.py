@@ -1,97 +1,286 @@
-"""Pictures are XML that any viewer shows, and what they show is what was measured."""
+"""Pictures are XML that any viewer shows; what they show is what was measured, and can be read."""
 
+import itertools
+import json
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import torch
 
-from data import pictures
+from data import pictures, run
 
 ROOT = Path(__file__).resolve().parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
 # Three layers of five experts; the largest score is 0.8.
-SCORES = torch.tensor(
-    [[0.1, 0.2, 0.4, 0.0, 0.1], [0.8, 0.0, 0.0, 0.1, 0.1], [0.3, 0.3, 0.2, 0.1, 0.1]],
-    dtype=torch.float64,
-)
+SCORES = [[0.1, 0.2, 0.4, 0.0, 0.1], [0.8, 0.0, 0.0, 0.1, 0.1], [0.3, 0.3, 0.2, 0.1, 0.1]]
 CHOSEN = [[2, 1], [0], [1, 0, 2]]
+RATES = {
+    "perft_s": [(3e-5, 0.125), (3e-4, 60.5), (3e-3, 99.75)],
+    "perft_e": [(3e-5, 20.5), (3e-4, 80.25), (3e-3, 99.5)],
+    "esft <&> full": [(1e-4, 40), (1e-3, 99.625, "seed 1")],
+}
+TOKENS = ["bob", " is", " the", " brother", " of\n", " dan", "\x00", "<b>", "&", " .", *"abcdefgh"]
+IDS = [[(7 * t + layer) % 32 for t in range(len(TOKENS))] for layer in range(4)]
 
 
-def draw(scores=SCORES, chosen=CHOSEN, title="a title"):
-    return ElementTree.fromstring(pictures.heat_map(scores, chosen, title))
+def even(layers, experts):
+    return [[1 / experts] * experts for _ in range(layers)]
 
 
-def rects(picture, kind):
-    return [r.attrib for r in picture.iter(f"{SVG}rect") if r.get("class") == kind]
+RECORDS = [
+    {"event": "before", "accuracy": {"kinship_new": 0.0, "sort": 0.99}, "kept": 0.9127},
+    {"event": "step", "step": 20, "cross_entropy": 4.1017, "expert_load": SCORES},
+    {"event": "eval", "step": 30, "accuracy": {"kinship_new": 0.5, "sort": 0.98}, "kept": 0.85},
+    {"event": "step", "step": 40, "cross_entropy": 1.0330, "expert_load": even(3, 5)},
+    {"event": "step", "step": 60, "cross_entropy": 0.3275, "expert_load": SCORES[::-1]},
+    {"event": "after", "accuracy": {"kinship_new": 0.975, "sort": 0.9}, "kept": 0.7964},
+    {"event": "saved", "file": "x", "bytes": 3},
+]
+ROUTED = [r | {"adapter_load": even(3, 4)} if r["event"] == "step" else r for r in RECORDS]
+ON_FILE = [
+    {"event": "before", "held_out": 2.5},
+    {"event": "step", "step": 5, "cross_entropy": 2.25, "expert_load": even(16, 64)},
+    {"event": "epoch", "step": 5, "held_out": 2.125},
+    {"event": "after", "held_out": 1.75},
+]
+MANY = {f"method number {i}": [(i, 50 + i / 100), (20 + i, 90.0)] for i in range(11)}
+PICTURES = {
+    "heat map": lambda: pictures.heat_map(SCORES, CHOSEN, "a title"),
+    "heat map of OLMoE": lambda: pictures.heat_map(even(16, 64), [[63]] * 16, "a title"),
+    "heat map of zeros": lambda: pictures.heat_map([[0.0, 0.0]], [[]]),
+    "curves": lambda: pictures.curves(RATES, "learning rate", "% right", "rates", log_x=True),
+    "scatter": lambda: pictures.scatter(RATES, "learning rate", "% right", "rates"),
+    "eleven lines that end together": lambda: pictures.curves(MANY, "step", "% right"),
+    "one point": lambda: pictures.scatter({"a": [(1, 0)]}, "x", "y"),
+    "routing": lambda: pictures.routing_picture(TOKENS, IDS, 32),
+    "run": lambda: pictures.run_picture(RECORDS),
+    "run of perft_r": lambda: pictures.run_picture(ROUTED),
+    "run on a file": lambda: pictures.run_picture(ON_FILE),
+}
+every_picture = pytest.mark.parametrize("name", PICTURES)
 
 
-def place(rect):
-    return float(rect["x"]), float(rect["y"])
+def shapes(svg, kind):
+    """(element, x, y) of a kind, where its panel stands."""
+    root = ElementTree.fromstring(svg)
+    for panel in root.findall(f"{SVG}g"):
+        down = float(re.fullmatch(r"translate\(0 (.+)\)", panel.get("transform"))[1])
+        for shape in panel.iter(SVG + kind):
+            x, y = shape.get("x", shape.get("cx")), shape.get("y", shape.get("cy"))
+            yield shape, float(x), float(y) + down
 
 
-def words(picture):
-    return {text.text: place(text.attrib) for text in picture.iter(f"{SVG}text")}
+def words(svg):
+    return [shape.text or "" for shape, _, _ in shapes(svg, "text")]
+
+
+def told(svg):
+    """What a pointer is told."""
+    return [title.text for title in ElementTree.fromstring(svg).iter(f"{SVG}title")]
+
+
+def boxes(svg):
+    """(left, top, right, bottom) of each text, with 7 pixels a letter of 12 pixels' height."""
+    for shape, x, y in shapes(svg, "text"):
+        width = 7 * len(shape.text or "")
+        left = x - width * {"start": 0, "middle": 0.5, "end": 1}[shape.get("text-anchor")]
+        yield left, y - 9, left + width, y + 2, shape.text
+
+
+@every_picture
+def test_no_two_words_overlap_and_all_stand_inside(name):
+    svg = PICTURES[name]()
+    root = ElementTree.fromstring(svg)
+    width, height = float(root.get("width")), float(root.get("height"))
+    assert root.get("viewBox") == f"0 0 {width:g} {height:g}"  # else a page would cut, not scale
+    for left, top, right, bottom, text in boxes(svg):
+        assert -3 <= left and right <= width and 0 <= top and bottom <= height, text
+    for a, b in itertools.combinations(boxes(svg), 2):
+        apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        assert apart, (a, b)
+    for shape, x, y in [*shapes(svg, "rect"), *shapes(svg, "circle")]:
+        assert 0 <= x <= width - float(shape.get("width", 0)) and 0 <= y <= height
+
+
+@every_picture
+def test_a_picture_has_colours_for_a_dark_page_and_no_background(name):
+    svg = PICTURES[name]()
+    assert "prefers-color-scheme: dark" in svg and "<svg" in svg
+    assert all(float(rect.get("width")) < 60 for rect, _, _ in shapes(svg, "rect"))
+
+
+@every_picture
+def test_the_same_data_give_the_same_picture(name):
+    assert PICTURES[name]() == PICTURES[name]()
+
+
+# Heat maps ---------------------------------------------------------------------------------------
 
 
 def test_a_cell_stands_in_the_row_of_its_layer_and_the_column_of_its_expert():
-    cells = [place(r) for r in rects(draw(), "cell")]
+    cells = [(x, y) for _, x, y in shapes(PICTURES["heat map"](), "rect")]
     left, top = cells[0]
-    expected = [(left + 14 * e, top + 14 * layer) for layer in range(3) for e in range(5)]
-    assert cells == expected
+    assert cells == [(left + 14 * e, top + 14 * layer) for layer in range(3) for e in range(5)]
 
 
-def test_opacity_is_the_share_of_the_largest_score():
-    opacity = [float(r["fill-opacity"]) for r in rects(draw(), "cell")]
-    expected = (SCORES / 0.8).flatten().tolist()
-    assert opacity == pytest.approx(expected, abs=5e-4)
+def test_opacity_is_the_share_of_the_largest_score_and_the_chosen_are_outlined():
+    rects = [rect for rect, _, _ in shapes(PICTURES["heat map"](), "rect")]
+    opacity = [float(rect.get("style").removeprefix("fill-opacity: ")) for rect in rects]
+    assert opacity == pytest.approx([score / 0.8 for row in SCORES for score in row], abs=5e-4)
+    outlined = [divmod(i, 5) for i, rect in enumerate(rects) if rect.get("class") == "chosen"]
+    assert outlined == [(i, e) for i, experts in enumerate(CHOSEN) for e in sorted(experts)]
 
 
-def test_the_chosen_are_outlined_on_top_of_their_cells():
-    picture = draw()
-    kinds = [r.get("class") for r in picture.iter(f"{SVG}rect")]
-    assert kinds.index("chosen") > max(i for i, kind in enumerate(kinds) if kind == "cell")
-    cells = [place(r) for r in rects(picture, "cell")]
-    outlined = [divmod(cells.index(place(r)), 5) for r in rects(picture, "chosen")]
-    assert outlined == [(layer, e) for layer, experts in enumerate(CHOSEN) for e in experts]
+def test_a_pointer_on_a_cell_is_told_layer_expert_and_score():
+    assert {"layer 1, column 0: 0.8", "layer 0, column 2: 0.4"} <= set(told(PICTURES["heat map"]()))
+    assert {"layer 0", "layer 2", "expert"} <= set(words(PICTURES["heat map"]()))
 
 
-def test_a_pointer_on_a_cell_tells_layer_expert_and_score():
-    titles = [t.text for t in draw().iter(f"{SVG}title")]
-    assert "layer 1, expert 0: 0.8000" in titles and "layer 0, expert 2: 0.4000" in titles
+# Curves and points -------------------------------------------------------------------------------
 
 
-def test_words_are_escaped_and_name_the_axes_and_the_largest_score():
-    found = words(draw(title="<a & b>"))
-    assert {"<a & b>", "layer", "expert", "0.8000", "chosen: these train"} <= found.keys()
+@pytest.mark.parametrize("draw", [pictures.curves, pictures.scatter])
+@pytest.mark.parametrize("log_x", [False, True])
+def test_all_numbers_and_names_are_in_the_picture_and_places_keep_their_order(draw, log_x):
+    svg = draw(RATES, "learning rate", "% right", log_x=log_x)
+    found = told(svg)
+    for name, points in RATES.items():
+        assert [f"{name}: {x:g}, {y:g}" for x, y, *_ in points] == [
+            text for text in found if text.startswith(f"{name}:")
+        ]
+    assert {"perft_s 99.8", "perft_e 99.5", "esft <&> full seed 1"} <= set(words(svg))
+    dots = [(x, y) for _, x, y in shapes(svg, "circle")]
+    data = [point[:2] for points in RATES.values() for point in points]
+    for (a, p), (b, q) in itertools.combinations(zip(data, dots), 2):
+        assert (a[0] < b[0]) == (p[0] < q[0]) and (a[1] < b[1]) == (p[1] > q[1])
+    assert svg.count('d="M') - svg.count('class="thin') == (3 if draw is pictures.curves else 0)
 
 
-def test_of_many_experts_every_fourth_has_its_number():
-    numbers = {text for text in words(draw(torch.rand(2, 12), [[], []])) if text.isdigit()}
-    assert numbers == {"0", "1", "4", "8"}  # 1: the second layer
+def test_distances_are_those_of_the_numbers_or_of_their_logarithms():
+    points = {"a": [(1, 0), (10, 50), (100, 100)]}
+    for log_x, middle in ((True, 1 / 2), (False, 9 / 99)):
+        dots = shapes(pictures.scatter(points, "x", "y", log_x=log_x), "circle")
+        (x0, y0), (x1, y1), (x2, y2) = [(x, y) for _, x, y in dots]
+        assert (x1 - x0) / (x2 - x0) == pytest.approx(middle, abs=1e-3)
+        assert (y1 - y0) / (y2 - y0) == pytest.approx(1 / 2, abs=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (16, 64)])
-def test_everything_lies_inside_the_picture(shape):
-    picture = draw(torch.rand(shape), [[shape[1] - 1]] * shape[0])
-    width, height = float(picture.get("width")), float(picture.get("height"))
-    for rect in picture.iter(f"{SVG}rect"):
-        x, y = place(rect.attrib)
-        assert 0 <= x <= width - 14 and 0 <= y <= height - 14
+def test_a_name_has_the_colour_of_its_line_and_one_that_was_pushed_is_tied_to_it():
+    svg = PICTURES["eleven lines that end together"]()
+    root = ElementTree.fromstring(svg)
+    for name in MANY:
+        (dot,) = [
+            c.get("class")
+            for c in root.iter(f"{SVG}circle")
+            if c[0].text.startswith(f"{name}:") and ", 90" in c[0].text
+        ]
+        (label,) = [t.get("class") for t in root.iter(f"{SVG}text") if t.text == f"{name} 90"]
+        assert dot == label
+    ties = [p for p in root.iter(f"{SVG}path") if p.get("class").startswith("thin c")]
+    assert len(ties) == len(MANY)
 
 
-def test_scores_that_are_all_zero_can_be_drawn():
-    assert {r["fill-opacity"] for r in rects(draw(torch.zeros(2, 3), [[], []]), "cell")} == {
-        "0.000"
-    }
+# The experts of a prompt -------------------------------------------------------------------------
 
 
-def test_a_dark_page_gets_its_own_colours():
-    assert "prefers-color-scheme: dark" in pictures.heat_map(SCORES, CHOSEN, "")
+def test_each_token_has_a_column_with_its_experts_numbers_and_an_expert_has_one_colour():
+    svg = PICTURES["routing"]()
+    found = words(svg)
+    assert "bob" in found and "␣is" in found and "␣broth" in found and "<b>" in found
+    at = {(x, y): shape.text for shape, x, y in shapes(svg, "text")}
+    colours = {}
+    cells = list(shapes(svg, "rect"))
+    assert len(cells) == 4 * len(TOKENS)
+    for rect, x, y in cells:
+        number = at[x + 24, y + 11]
+        assert colours.setdefault(number, rect.get("style")) == rect.get("style")
+    assert len(set(colours.values())) == len(colours)
+    for layer, row in enumerate(IDS):
+        numbers = [f"layer {layer}, column {t % 12}: {e}" for t, e in enumerate(row)]
+        assert sorted(numbers) == sorted(t for t in told(svg) if t.startswith(f"layer {layer},"))
+
+
+# A run -------------------------------------------------------------------------------------------
+
+
+def test_the_picture_of_a_run_has_every_loss_and_accuracy_and_the_first_and_last_load():
+    found = set(told(PICTURES["run of perft_r"]()))
+    losses = {"cross_entropy: 20, 4.1017", "cross_entropy: 40, 1.033", "cross_entropy: 60, 0.3275"}
+    task = {"kinship_new: 0, 0", "kinship_new: 30, 0.5", "kinship_new: 60, 0.975"}
+    kept = {"kept: 0, 0.9127", "kept: 30, 0.85", "kept: 60, 0.7964"}
+    assert losses | task | kept <= found and not any(text.startswith("sort") for text in found)
+    titles = [text for text in words(PICTURES["run of perft_r"]()) if "share of its" in text]
+    whose = [f"Each {which}'s share" for which in ("expert", "adapter") for _ in range(2)]
+    assert [title.split(" of ")[0] for title in titles] == whose
+    assert [title.split("step ")[1].split(";")[0] for title in titles] == ["20", "60"] * 2
+    assert "layer 1, column 0: 0.8" in found
+    assert not any("adapter" in text for text in words(PICTURES["run"]()))
+
+
+def test_a_run_on_a_file_shows_the_loss_of_its_held_out_rows():
+    found = told(PICTURES["run on a file"]())
+    assert [text for text in found if text.startswith("held_out")] == [
+        "held_out: 0, 2.5",
+        "held_out: 5, 2.125",
+        "held_out: 5, 1.75",
+    ]
+    assert "Accuracy" not in words(PICTURES["run on a file"]())
+
+
+def test_the_command_draws_what_the_log_holds(tmp_path):
+    log = "".join(json.dumps(record) + "\n" for record in ROUTED)
+    (tmp_path / "metrics.jsonl").write_text(log + '{"event": "st')  # cut off, as by a kill
+    command = [sys.executable, ROOT / "data" / "pictures.py", tmp_path]
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "run.svg").read_text() == pictures.run_picture(ROUTED)
+
+
+def test_a_log_that_is_none_is_told_in_one_line_that_names_it(tmp_path):
+    """200 logs with a value replaced, a key gone or a byte flipped: a picture that is XML, or an
+    error with the file's name."""
+    rng = random.Random(0)
+    file = tmp_path / "metrics.jsonl"
+    odd = [None, True, "x", [], {}, [[]], -1, 0, 1e308, float("nan"), float("inf"), 10**400]
+    outcomes = set()
+    for _ in range(200):
+        records = json.loads(json.dumps(ROUTED))
+        record = rng.choice(records)
+        key = rng.choice(list(record))
+        record[key] = rng.choice(odd)
+        if rng.random() < 0.3:
+            del record[key]
+        text = bytearray("".join(json.dumps(record) + "\n" for record in records).encode())
+        if rng.random() < 0.3:
+            text[rng.randrange(len(text))] ^= 1 << rng.randrange(8)
+        file.write_bytes(text)
+        try:
+            pictures.draw(tmp_path)
+            ElementTree.parse(tmp_path / "run.svg")
+            outcomes.add("drawn")
+        except ValueError as error:
+            assert str(file) in str(error) and "\n" not in run.one_line(error)
+            outcomes.add("refused")
+    assert outcomes == {"drawn", "refused"}
 
 
 def test_it_does_not_load_torch():
     code = "import sys; import data.pictures; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# The pictures of the README ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "assets").glob("*.svg")), ids=lambda file: file.name
+)
+def test_a_picture_of_the_readme_is_xml_and_has_colours_for_a_dark_page(file):
+    root = ElementTree.parse(file).getroot()
+    assert root.get("viewBox") == f"0 0 {root.get('width')} {root.get('height')}"
+    assert "prefers-color-scheme: dark" in file.read_text()
+    whole = [r for r in root.iter(f"{SVG}rect") if r.get("width") == root.get("width")]
+    assert whole == []  # a white slab
