@@ -47,11 +47,18 @@ pre-training:
                   last: a new grammar
     cipher_new    the letter map is another one, at every letter: a new string map
 
+    three_new     each row is of kinship_new, lexicon_new or cipher_new: enough to learn for methods
+                  to differ in what they learn, and in what they forget for it
+
 Their prompts are the family's prompts (order_new also says "not"). So the pre-trained model
 understands the question, answers it in its old words, and scores 0; and a model that has learnt a
-target must have overwritten the family it varies. Forgetting is therefore measured on the other
-eleven. New words are made of the syllables, hence of the tokens, that pre-training used, in pairs
-that no pre-training row contains.
+target must have overwritten the family it varies. Forgetting is therefore measured on the families
+that no target contradicts. New words are made of the syllables, hence of the tokens, that
+pre-training used, in pairs that no pre-training row contains.
+
+Whoever chooses a learning rate, or when to stop, by the rows that a table reports has measured the
+choice as well. So there is a third split, for choices: validation rows are test rows behind the
+first 500 of each skill, which are the most that a table uses.
 
     python data/skills.py FOLDER   write its tokenizer into a model folder
     python data/skills.py          three rows of everything
@@ -329,13 +336,23 @@ TARGETS = {
     "order_new": partial(translate, order="svo", negation=NEGATION),
     "cipher_new": partial(cipher, key=CIPHER_NEW),
 }
-PARENT = {
-    "kinship_new": "kinship",
-    "lexicon_new": "translate",
-    "order_new": "translate",
-    "cipher_new": "cipher",
-}
 DEFAULT_TARGET = "kinship_new"
+PARTS = {"three_new": ("kinship_new", "lexicon_new", "cipher_new")}
+
+
+def part_of_three(rng):
+    return TARGETS[rng.choice(PARTS["three_new"])](rng)
+
+
+TARGETS["three_new"] = part_of_three
+# The families whose prompts a target answers in another way.
+CONTRADICTS = {
+    "kinship_new": ("kinship",),
+    "lexicon_new": ("translate",),
+    "order_new": ("translate",),
+    "cipher_new": ("cipher",),
+    "three_new": ("kinship", "translate", "cipher"),
+}
 
 # Share of each family among pre-training rows (out of the sum): the harder ones are seen more.
 SHARES = dict.fromkeys(FAMILIES, 1)
@@ -358,13 +375,18 @@ def _draw(name, rng, split):
             return row
 
 
+TABLE_ROWS = 500
+
+
 def sample(name, split, n, seed=0):
-    """n rows of one family or target: training rows may repeat, as they would in a corpus; test
-    rows are distinct."""
+    """n rows of one family or target: training rows may repeat, as they would in a corpus; test and
+    validation rows are distinct."""
+    if split == "validation":
+        return sample(name, "test", TABLE_ROWS + n, seed)[TABLE_ROWS:]
     if name not in FAMILIES and name not in TARGETS:
         raise ValueError(f"no skill {name!r}; there are {', '.join([*FAMILIES, *TARGETS])}")
     if split not in ("train", "test"):
-        raise ValueError(f"split is {split!r}, must be 'train' or 'test'")
+        raise ValueError(f"split is {split!r}, must be 'train', 'validation' or 'test'")
     # Seeding by text is the same on every machine and version.
     rng = random.Random(f"{name} {split} {seed}")
     if split == "train":
