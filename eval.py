@@ -4,6 +4,7 @@ or one answer.
     python eval.py                                        the embedded base model, all families
     python eval.py --adapter out/perft_s                  the accuracies that its run reported
     python eval.py --prompt "sort : d b x a ->"           one answer; --chat: in the run's form
+    python eval.py --prompt TEXT --routing FILE.svg       and a picture of the experts it met
     python eval.py --adapter RUN --tasks commonsense      the papers' eight sets, by beam search
     python eval.py --adapter RUN --tasks commonsense --method likelihood      the same, far cheaper
 
@@ -36,7 +37,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -54,12 +54,11 @@ from data import shard as processes
 from data.dataset import DOWNLOADS, encode_prompt, encode_rows, pad_batch, read_rows, turns_of
 from data.decode import Decoder
 from data.run import count, from_zero, number
-from data.tasks import GROUPS, TASKS, TEMPLATES, Task
+from data.tasks import GROUPS, TASKS, TEMPLATES
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import DTYPES, EMBEDDED, Config, MoETransformer
 
 SKILLS = [*skills.TARGETS, *skills.FAMILIES]
-TITLE, CELL = "{:28} {:>6}", " {:9.1f} {:6.1f}"  # of the table of test sets
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVAL_FILES = ("settings.json", "results.json", "predictions.jsonl")  # of a folder RUN/eval_METHOD
 # What a run folder may hold beside config.json and metrics.jsonl: what --overwrite removes.
@@ -83,45 +82,54 @@ RUN_FILES = (
 
 @torch.no_grad()
 def is_right(model, tokenizer, rows: list[skills.Row], batch_size=128) -> list[bool]:
-    """Would greedy decoding answer each row exactly? Rows of like length share a batch; the order
-    is kept."""
+    """Would greedy decoding answer each row exactly?"""
     examples = encode_rows(rows, tokenizer)
-    by_length = sorted(range(len(rows)), key=lambda i: len(examples[i].ids))
-    right = [False] * len(rows)
+    right = []
     was_training = model.training
     model.eval()
-    for start in range(0, len(rows), batch_size):
-        chosen = by_length[start : start + batch_size]
-        batch = [examples[i] for i in chosen]
-        ids, labels, _ = pad_batch(batch, tokenizer.pad_id, model.norm.weight.device)
-        predicted = model(ids).logits[:, :-1].argmax(-1)  # (B, T-1)
-        hit = (predicted == labels[:, 1:]) | (labels[:, 1:] == -100)
-        for i, ok in zip(chosen, hit.all(-1).tolist()):
-            right[i] = ok
-    model.train(was_training)
+    try:
+        for start in range(0, len(rows), batch_size):
+            batch = examples[start : start + batch_size]
+            ids, labels, _ = pad_batch(batch, tokenizer.pad_id, model.norm.weight.device)
+            predicted = model(ids).logits[:, :-1].argmax(-1)  # (B, T-1)
+            hit = (predicted == labels[:, 1:]) | (labels[:, 1:] == -100)
+            right += hit.all(-1).tolist()
+    finally:
+        model.train(was_training)
     return right
 
 
-def accuracies(model, tokenizer, names: list[str], rows: int, task: str | None = None) -> dict:
-    """Share of right answers on the first `rows` test rows of each skill; with a task, a fifth of
-    so many of the others."""
+def accuracies(
+    model,
+    tokenizer,
+    names: list[str],
+    rows: int,
+    task: str | None = None,
+    split="test",
+) -> dict[str, float]:
+    """Share of right answers on the first `rows` rows of each skill; with a task, a fifth of so
+    many of the others. Of a target that has parts each part's is measured, and it gets their
+    mean."""
     accuracy = {}
     for name in names:
         n = rows if task in (None, name) else max(rows // 5, 1)
-        right = is_right(model, tokenizer, skills.sample(name, "test", n))
-        accuracy[name] = sum(right) / n
+        parts = skills.PARTS.get(name, (name,))
+        for part in parts:
+            right = is_right(model, tokenizer, skills.sample(part, split, n))
+            accuracy[part] = sum(right) / n
+        accuracy[name] = sum(accuracy[part] for part in parts) / len(parts)
     return accuracy
 
 
 def kept(accuracy: dict[str, float], task: str | None) -> float:
-    """Mean accuracy on the families, without the one whose prompts the task answers differently."""
-    names = [name for name in skills.FAMILIES if name != skills.PARENT.get(task)]
+    """Mean accuracy on the families whose prompts the task does not answer differently."""
+    names = [name for name in skills.FAMILIES if name not in skills.CONTRADICTS.get(task, ())]
     return sum(accuracy[name] for name in names) / len(names)
 
 
 def kept_text(accuracy: dict[str, float], task: str | None) -> str:
-    parent = skills.PARENT.get(task)
-    without = f", without {parent}" if parent else ""
+    contradicted = skills.CONTRADICTS.get(task)
+    without = f", without {', '.join(contradicted)}" if contradicted else ""
     return f"pre-training families {100 * kept(accuracy, task):.1f} % (mean{without})"
 
 
@@ -163,6 +171,15 @@ def load_trained(model: MoETransformer, folder: str | Path) -> MoETransformer:
     return load(model, folder)
 
 
+def try_trained(base, config, folder):
+    """Raise what load_trained would, on a model without memory: before the base's weights are read,
+    which may take minutes."""
+    hub.Checkpoint(base).check_sizes(config)
+    with torch.device("meta"):
+        model = MoETransformer(config)
+    load_trained(model, folder)
+
+
 def check_finite(model):
     """ValueError if training made a number that is none. Of several processes all find out."""
     bad = []
@@ -196,12 +213,12 @@ class Answerer(NamedTuple):
     tokenizer: Tokenizer
     how: argparse.Namespace
 
-    def generate(self, task: Task, rows: list[dict]) -> list[dict]:
+    def generate(self, task, rows):
         """Rows -> a record each: the response, what it answers, is it right, was the prompt cut."""
         new = self.how.max_new_tokens[task.group]
         room = self.model.config.max_position_embeddings - new
         prompts = [encode_prompt(self.prompt(task, row), self.tokenizer) for row in rows]
-        short = [shorten(ids, room, self.tokenizer.bos_id) for ids in prompts]
+        short = [self.shorten(ids, room) for ids in prompts]
         outputs = self.model.generate(short, new, num_beams=self.how.num_beams)
         records = []
         for row, ids, output in zip(rows, prompts, outputs):
@@ -212,66 +229,64 @@ class Answerer(NamedTuple):
                 "correct": task.correct(response, row),
                 "cut": len(ids) > room,
             }
-            if task.other_rule:
-                right = task.correct(response, row, task.other_rule)
-                record[f"correct_{task.other_rule}"] = right
+            other = task.other_rule
+            if other:
+                record[f"correct_{other}"] = task.correct(response, row, other)
             records.append(record)
         return records
 
-    def likelihood(self, task: Task, rows: list[dict]) -> list[dict]:
+    def likelihood(self, task, rows):
         """Rows -> a record each: the choices' log-probabilities, the likeliest, is it right, is the
         likeliest by character, was a prompt cut."""
         limit = self.model.config.max_position_embeddings + 1  # the last token is not read
-        requests, cut, characters = [], [], []  # of the choices of all rows
+        requests, characters, cut = [], [], []
         for row in rows:
             for prompt, text in self.choices(task, row):
                 context, continuation = encode_pair(prompt, f" {text}", self.tokenizer)
                 room = limit - len(continuation)
-                requests.append((shorten(context, room, self.tokenizer.bos_id), continuation))
-                cut.append(len(context) > room)
+                requests.append((self.shorten(context, room), continuation))
                 characters.append(max(len(text), 1))
-        scores = log_likelihoods(self.model, requests)
+                cut.append(len(context) > room)
+        scored = zip(log_likelihoods(self.model, requests), characters, cut)
 
-        records, first = [], 0
+        records = []
         for row in rows:
             words = task.choices(row)
-            mine = slice(first, first + len(words))
-            first += len(words)
-            normed = [score / n for score, n in zip(scores[mine], characters[mine])]
-            answer = likeliest(words, scores[mine])
+            scores, characters, cut = zip(*[next(scored) for _ in words])
+            normed = [score / n for score, n in zip(scores, characters)]
+            answer = likeliest(words, scores)
             record = {
-                "scores": scores[mine],
+                "scores": scores,
                 "answer": answer,
                 "correct": answer == row["answer"],
                 "correct_norm": likeliest(words, normed) == row["answer"],
-                "cut": any(cut[mine]),
+                "cut": any(cut),
             }
             records.append(record)
         return records
 
-    def prompt(self, task: Task, row: dict) -> str:
+    def prompt(self, task, row):
         """What the model continues, as the run's rows looked, or the papers'."""
         return task.render_eval(row, self.how.template)
 
-    def choices(self, task: Task, row: dict) -> list[tuple[str, str]]:
+    def choices(self, task, row):
         """(context, text) of each choice of a row."""
         if self.how.choices == "texts":
             return task.cloze(row)
         return [(self.prompt(task, row), word) for word in task.choices(row)]
 
-
-def shorten(ids: list[int], room: int, bos_id) -> list[int]:
-    """The end of a prompt that is longer than the model's positions allow: the question's last
-    words and the cue. A begin token stays."""
-    begin = ids[:1] if len(ids) > room and ids[0] == bos_id else []
-    return begin + ids[-max(room - len(begin), 1) :]
+    def shorten(self, ids, room):
+        """The end of a prompt that is longer than the model's positions allow: the question's last
+        words and the cue. A begin token stays."""
+        begin = ids[:1] if len(ids) > room and ids[0] == self.tokenizer.bos_id else []
+        return begin + ids[-max(room - len(begin), 1) :]
 
 
 def likeliest(words, scores):
     return words[scores.index(max(scores))]
 
 
-def encode_pair(context: str, continuation: str, tokenizer) -> tuple[list[int], list[int]]:
+def encode_pair(context, continuation, tokenizer):
     """Ids of a context and of what continues it, tokenised together; spaces at the context's end
     belong to the continuation (lm-evaluation-harness's rule: most tokenizers bind a space to the
     word behind it)."""
@@ -281,7 +296,7 @@ def encode_pair(context: str, continuation: str, tokenizer) -> tuple[list[int], 
 
 
 @torch.no_grad()
-def log_likelihoods(model, requests: list[tuple[list[int], list[int]]]) -> list[float]:
+def log_likelihoods(model, requests):
     """log p(continuation | context) of each pair of id lists. A context that several share is run
     once."""
     owners = [tuple(context) for context, _ in requests]
@@ -312,13 +327,25 @@ def log_likelihoods(model, requests: list[tuple[list[int], list[int]]]) -> list[
 
 # Rows and predictions ----------------------------------------------------------------------------
 
-NUMBER = re.compile(r"-?[\d,]*\.?\d+")  # what may be a right answer of arithmetic
+
+def read_test_sets(args):
+    """Name -> rows of the test sets among --tasks: groups in full, each set once."""
+    names = []
+    for name in args.tasks:
+        names += GROUPS.get(name, [name])
+    return {
+        name: read_test_set(TASKS[name], args) for name in dict.fromkeys(names) if name in TASKS
+    }
 
 
-def read_test_set(task: Task, folder: str, limit: int | None) -> list[dict]:
-    """The first `limit` rows (None: all). FileNotFoundError or ValueError of one line where they
+def read_test_set(task, args):
+    """The first --eval_rows rows, or all. FileNotFoundError or ValueError of one line where they
     are not what the task needs: found here, not after an hour of generation."""
-    path = Path(folder) / f"{task.name}.json"
+    if args.method == "likelihood" and task.group != "commonsense":
+        raise ValueError(
+            f"--method likelihood scores choices, {task.name} has none; use --method generate"
+        )
+    path = Path(args.test_dir) / f"{task.name}.json"
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file; python data/prepare.py {task.group} downloads it, or give "
@@ -327,16 +354,16 @@ def read_test_set(task: Task, folder: str, limit: int | None) -> list[dict]:
     _, rows = read_rows(path)
     for i, row in enumerate(rows):
         answer = row.get("answer")
-        fits = answer in task.words if task.words else NUMBER.fullmatch(str(answer))
-        if not fits:
+        text = str(answer).replace(",", "")
+        if task.answer(text) != text:  # the task's rule finds all of a right answer
             expected = " or ".join(task.words) or "a number"
             raise ValueError(
                 f'{path}: record {i + 1}: "answer" is {run.shown(answer)}, expected {expected}; '
                 "is it a test set of LLM-Adapters?"
             )
-    if limit is None and len(rows) != task.rows:
+    if args.eval_rows is None and len(rows) != task.rows:
         print(f"note: {path} has {len(rows)} rows, the papers' set {task.rows}")
-    return rows[:limit]
+    return rows[: args.eval_rows]
 
 
 def digest(row):
@@ -344,161 +371,148 @@ def digest(row):
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def weights_identity(folder):
+    """Names, sizes and times of a folder's weight files: enough to notice that they changed."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 FIELDS = {"task": str, "index": int, "row": str, "correct": bool, "cut": bool}  # of a prediction
 
 
-class Predictions:
-    """What a folder holds of an evaluation: predictions.jsonl, one line a row; settings.json, since
-    predictions of other settings do not mix; and results.json, which is made of them."""
-
-    def __init__(self, folder: Path, settings: dict, overwrite: bool):
-        self.folder, self.path = folder, folder / "predictions.jsonl"
-        self.done = {}  # (task, index) -> record
-        self.check_files()
-        if overwrite:
-            for name in EVAL_FILES:
-                (folder / name).unlink(missing_ok=True)
-        # a last line that was cut off is left out: its row is answered again
-        lines = run.whole_lines(self.path) if self.path.exists() else []
-        if lines:
-            self.check_settings(settings)
-        for i, line in enumerate(lines):
-            self.take(line, f"{self.path}:{i + 1}")
-        folder.mkdir(parents=True, exist_ok=True)
-        run.write_text(self.path, "".join(f"{line}\n" for line in lines))
-        run.write_json(folder / "settings.json", settings, indent=2)
-
-    def check_files(self):
-        """ValueError where something else would be written to, or be lost."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"--out {self.folder} is not a folder; choose another")
-        for name in EVAL_FILES:
-            file = self.folder / name
-            if os.path.lexists(file) and not file.is_file():
-                raise ValueError(f"{file} is not a regular file; choose another --out")
-            if file.exists() and not self.path.exists():
-                raise ValueError(f"{file} is there, but no predictions; choose another --out")
-
-    def check_settings(self, settings):
-        """ValueError if the predictions that are there were made in another way."""
-        then = run.read_json(self.folder / "settings.json")
-        changed = run.changes(then, settings)
+def open_predictions(folder, settings, overwrite):
+    """-> {(task, digest of a row): its record}, of a folder that is ready for more. It holds
+    predictions.jsonl, one line a row; settings.json, since predictions of other settings do not
+    mix; and results.json, which is made of them."""
+    path = folder / "predictions.jsonl"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is not a folder; choose another")
+    for name in EVAL_FILES:
+        file = folder / name
+        if os.path.lexists(file) and not (file.is_file() and path.is_file()):
+            raise ValueError(
+                f"{file} is not a regular file beside predictions.jsonl; choose another --out"
+            )
+    # without a last line that was cut off: its row is answered again
+    lines = run.whole_lines(path) if path.exists() and not overwrite else []
+    if lines:
+        changed = run.changes(run.read_json(folder / "settings.json"), settings)
         if changed:
             raise ValueError(
-                f"{self.folder} holds predictions of other settings ({changed}); choose another "
+                f"{folder} holds predictions of other settings ({changed}); choose another "
                 "--out, or --overwrite"
             )
-
-    def take(self, line, place):
-        """A line of the file. ValueError for what is no prediction: zeros, a number, half a one."""
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = line
-        keys = record if isinstance(record, dict) else ()
-        if not FIELDS.items() <= {(key, type(record[key])) for key in keys}:
-            raise ValueError(
-                f"{place}: is no prediction but {run.shown(record)}; remove the line, and its row "
-                "is answered again"
-            )
-        self.done[record["task"], record["index"]] = record
-
-    def has(self, task, index, row) -> bool:
-        return self.done.get((task, index), {}).get("row") == digest(row)
-
-    def add(self, records: list[dict]):
-        """Kept from here on: at the end of the file, whatever stops the evaluation."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                self.done[record["task"], record["index"]] = record
+    predictions = {}
+    for i, line in enumerate(lines):
+        record = read_prediction(line, f"{path}:{i + 1}")
+        predictions[record["task"], record["row"]] = record
+    folder.mkdir(parents=True, exist_ok=True)
+    if not lines:
+        (folder / "results.json").unlink(missing_ok=True)
+    run.write_text(path, "".join(f"{line}\n" for line in lines))
+    run.write_json(folder / "settings.json", settings, indent=2)
+    return predictions
 
 
-def predict(answerer: Answerer, sets: dict, predictions: Predictions) -> float:
+def read_prediction(line, place):
+    """ValueError for a line that is no prediction: zeros, a number, half a one."""
+    try:
+        record = json.loads(line)
+        if all(run.is_kind(record[key], kind) for key, kind in FIELDS.items()):
+            return record
+    except (ValueError, RecursionError, TypeError, KeyError):
+        pass
+    raise ValueError(
+        f"{place}: is no prediction but {run.shown(line)}; remove the line, and its row is "
+        "answered again"
+    )
+
+
+def predict(answerer, sets, predictions, path):
     """Answer every row that has no prediction yet, rows of like length together -> rows a second,
     0 if none was left."""
-    size, answer = answerer.how.batch_size, getattr(answerer, answerer.how.method)
-    batches, left = [], 0
+    how, batches = answerer.how, []
+    left = total = 0
     for name, rows in sets.items():
-        missing = [i for i, row in enumerate(rows) if not predictions.has(name, i, row)]
-        missing.sort(key=lambda i: len(rows[i]["instruction"]), reverse=True)
-        batches += [(name, missing[i : i + size]) for i in range(0, len(missing), size)]
+        missing = [i for i, row in enumerate(rows) if (name, digest(row)) not in predictions]
+        missing.sort(key=lambda i: -len(rows[i]["instruction"]))
+        for start in range(0, len(missing), how.batch_size):
+            batches.append((name, missing[start : start + how.batch_size]))
         left += len(missing)
-    total = sum(map(len, sets.values()))
+        total += len(rows)
     if left < total:
         print(f"{total - left} of {total} rows were answered before")
-    if left == 0:
-        return 0.0
     start = time.perf_counter()
-    pause = 0.1 if sys.stdout.isatty() else 30  # seconds between two lines of progress
-    for name, chosen in tqdm(batches, unit=" batches", file=sys.stdout, mininterval=pause):
+    bar = tqdm(
+        batches,
+        unit=" batches",
+        file=sys.stdout,
+        mininterval=2,
+        disable=left == 0,
+    )
+    for name, chosen in bar:
         rows = [sets[name][i] for i in chosen]
-        records = answer(TASKS[name], rows)
-        for i, row, record in zip(chosen, rows, records):
-            record |= {"task": name, "index": i, "row": digest(row), "gold": row["answer"]}
-        predictions.add(records)
+        records = getattr(answerer, how.method)(TASKS[name], rows)
+        with open(path, "a", encoding="utf-8") as file:  # kept from here on, whatever happens
+            for i, row, record in zip(chosen, rows, records):
+                record |= {"task": name, "index": i, "row": digest(row), "gold": row["answer"]}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                predictions[name, record["row"]] = record
     return left / (time.perf_counter() - start)
 
 
 # Results -----------------------------------------------------------------------------------------
 
 
-def accuracy_of(right: list[bool]):
-    """[share of True, its standard error]: the sample's deviation / sqrt(n)."""
-    n = len(right)
-    share = sum(right) / n
-    return [share, math.sqrt(share * (1 - share) / max(n - 1, 1))]
-
-
-def summary(sets: dict, predictions: Predictions) -> dict:
-    """{task: rows} -> {task: n, cut prompts, rule, and [accuracy, standard error] by each rule}."""
+def summary(sets, predictions):
+    """-> {task: n, cut prompts, rule, and [accuracy, standard error] by each rule}."""
     table = {}
     for name, rows in sets.items():
-        records = [predictions.done[name, i] for i in range(len(rows))]
+        records = [predictions[name, digest(row)] for row in rows]
         cut = sum(record["cut"] for record in records)
         table[name] = {"n": len(rows), "cut": cut, "rule": TASKS[name].rule}
         for key in records[0]:
             if key.startswith("correct"):
-                right = [record.get(key) is True for record in records]
-                table[name][key.replace("correct", "acc")] = accuracy_of(right)
+                table[name][key.replace("correct", "acc")] = accuracy_of(records, key)
     return table
 
 
-def means_of(table: dict) -> dict:
+def accuracy_of(records, key):
+    """[share of those that are right, its standard error]: the sample's deviation / sqrt(n)."""
+    n = len(records)
+    share = sum(record.get(key) is True for record in records) / n
+    return [share, math.sqrt(share * (1 - share) / max(n - 1, 1))]
+
+
+def means_of(table):
     """Unweighted means of the tasks' accuracies, with their standard errors."""
-    means = {}
+    means, rows = {}, list(table.values())
     for key in ("acc", "acc_norm"):
-        if all(key in row for row in table.values()):
-            shares, errors = zip(*[row[key] for row in table.values()])
-            means[key] = [sum(shares) / len(table), math.hypot(*errors) / len(table)]
+        if key in rows[0]:  # and in all: they were asked in one way
+            shares, errors = zip(*[row[key] for row in rows])
+            means[key] = [sum(shares) / len(rows), math.hypot(*errors) / len(rows)]
     return means
 
 
-def print_table(table: dict, means: dict):
+def print_table(table, means):
     """A line a task, their mean, and what a reader should know beside."""
-    head = [f" {key + ' %':>9} {'s.e.':>6}" for key in means]
-    print(TITLE.format("task", "n") + "".join(head))
-    for name, row in [*table.items(), ("mean, unweighted", means)]:
+    line = "{:28} {:>6}"
+    heads = [f" {key + ' %':>9}   s.e." for key in means]
+    print(line.format("task", "n"), *heads, sep="")
+    for name, row in (table | {"mean, unweighted": means}).items():
         title = "AQuA (first capital A-E)" if name == "AQuA" else name
-        cells = [CELL.format(*percent(row[key])) for key in means]
-        print(TITLE.format(title, row.get("n", "")) + "".join(cells))
+        cells = [percent(" {:9.1f} {:6.1f}", row[key]) for key in means]
+        print(line.format(title, row.get("n", "")), *cells, sep="")
     if "AQuA" in table:
-        stated = "{:.1f} % (s.e. {:.1f})".format(*percent(table["AQuA"]["acc_stated"]))
+        stated = percent("{:.1f} % (s.e. {:.1f})", table["AQuA"]["acc_stated"])
         print(f"beside the mean: AQuA by the letter that is stated {stated}")
     cut = sum(row["cut"] for row in table.values())
     if cut:
         print(f"{cut} prompts were longer than the model's positions and lost their beginning")
 
 
-def percent(accuracy):
-    return [100 * value for value in accuracy]
-
-
-def weights_identity(folder):
-    """Names, sizes and times of a folder's weight files: enough to notice that they changed."""
-    trained = [Path(folder) / name for name in (perft.WEIGHTS, esft.WEIGHTS)]
-    files = [file for file in trained if file.exists()] or hub.checkpoint_files(folder)
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def percent(form, accuracy):
+    return form.format(*(100 * value for value in accuracy))
 
 
 # The questions -----------------------------------------------------------------------------------
@@ -522,6 +536,20 @@ def answer_prompt(args, model, tokenizer):
         seed=args.seed,
     )
     print(tokenizer.decode(ids + new[0]))
+    if args.routing:
+        draw_routing(model, tokenizer, ids, args.routing)
+
+
+@torch.no_grad()
+def draw_routing(model, tokenizer, ids, path):
+    """A picture: the tokens of a prompt, a row a layer, in the colour of their first expert."""
+    from data import pictures
+
+    routings = model(torch.tensor([ids], device=model.norm.weight.device)).routings
+    first = [routing.selected_experts[:, 0].tolist() for routing in routings]  # the likeliest
+    tokens = [tokenizer.pieces[i].decode(errors="replace") for i in ids]
+    run.write_text(path, pictures.routing_picture(tokens, first, model.config.num_experts))
+    print(f"saved {path}")
 
 
 def measure_skills(args, model, tokenizer):
@@ -538,158 +566,141 @@ def measure_skills(args, model, tokenizer):
         print(kept_text(accuracy, task))
 
 
-def evaluate_sets(args, model, tokenizer):
+def evaluate_sets(answerer, sets, settings, out, predictions):
     """Answer test sets, print the table, write predictions.jsonl and results.json."""
-    measure_skills(args, model, tokenizer)  # those that --tasks names as well
-    sets = read_test_sets(args)
-    settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
-    if args.trained.get("template") == "chat":
+    trained = answerer.how.trained
+    if trained.get("template") == "chat":
         print("note: the run was trained on chats, a form that test sets do not have")
-    print("evaluation:", *(f"{name}={value}" for name, value in settings.items()))
-    folders = [args.base, *([args.adapter] if args.adapter else [])]
-    settings["weights"] = [weights_identity(folder) for folder in folders]
-    home = args.adapter or f"out/{Path(args.base).name}"
-    out = Path(args.out or f"{home}/eval_{args.method}")
-    predictions = Predictions(out, settings, args.overwrite)
-    before = run.read_json(out / "results.json") if (out / "results.json").exists() else {}
+    file = out / "results.json"
+    before = run.read_json(file, tasks=dict) if file.exists() else {}
     try:
-        speed = predict(Answerer(model, tokenizer, args), sets, predictions)
+        speed = predict(answerer, sets, predictions, out / "predictions.jsonl")
     except KeyboardInterrupt as stop:
-        go_on = "the command without --overwrite" if args.overwrite else "the same command"
-        code = getattr(stop, "code", 130)
-        raise run.Stopped(f"answers so far are kept: {go_on} continues", code) from None
+        told = "answers so far are kept: the same command, without --overwrite, continues"
+        raise run.Stopped(told, getattr(stop, "code", 130)) from None
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise ValueError("out of memory; lower --batch_size (answers so far are kept)") from None
 
     table = summary(sets, predictions)
     means = means_of(table)
     print_table(table, means)
-    others = before.get("tasks")  # of earlier commands
     results = {
         **settings,
-        "variant": args.trained.get("variant"),
+        "variant": trained.get("variant"),
         "mean": means,
         "mean_of": list(table),
-        "tasks": others | table if isinstance(others, dict) else table,
+        "tasks": (before.get("tasks") or {}) | table,  # those of earlier commands, too
         "prompts_per_second": speed or before.get("prompts_per_second"),
         "torch": torch.__version__,
     }
-    run.write_json(out / "results.json", results)
-    told = f" ({speed:.1f} prompts/s)" if speed else ""
-    print(f"saved {out}/results.json and predictions.jsonl{told}")
-
-
-def read_test_sets(args) -> dict[str, list[dict]]:
-    """The rows of the test sets among --tasks: groups in full, each set once."""
-    names = []
-    for name in args.tasks:
-        names += GROUPS.get(name, [name])
-    names = [name for name in dict.fromkeys(names) if name in TASKS]
-    numbers = [name for name in names if TASKS[name].group != "commonsense"]
-    if args.method == "likelihood" and numbers:
-        raise ValueError(
-            f"--method likelihood scores choices, {', '.join(numbers)} have none; "
-            "use --method generate"
-        )
-    return {name: read_test_set(TASKS[name], args.test_dir, args.eval_rows) for name in names}
+    run.write_json(file, results)
+    print(f"saved {file} and predictions.jsonl ({speed:.1f} prompts/s)")
 
 
 # The command -------------------------------------------------------------------------------------
 
-QUESTIONS = {
-    "prompt": "--prompt and --chat",
-    "skills": "skills",
-    "generate": "test sets by generation",
-    "likelihood": "test sets by --method likelihood",
-    "texts": "--choices texts",
-}
-LIMITS = {group: TASKS[names[0]].max_new_tokens for group, names in GROUPS.items()}  # the papers'
 # What predictions depend on: those of other settings do not mix.
-SETTINGS = {
-    "base",
-    "adapter",
-    "dtype",
-    "method",
-    "choices",
-    "template",
-    "num_beams",
-    "max_new_tokens",
-}
+SETTINGS = "adapter base dtype method max_new_tokens num_beams choices template".split()
 
 
-def make_parser(question: str, trained: dict) -> run.Parser:
-    """The parser of one of QUESTIONS holds its flags, and no others. trained: the settings of the
-    run that made the adapter, which are defaults here."""
+def make_parser():
+    """All flags; parse_args says which of them apply to what is asked."""
     parser = run.Parser(
         description="How good is a model? eval.py's first page says what is measured, and how.",
         usage="python eval.py [--prompt TEXT | --chat TEXT | --tasks NAME ...] [options]",
-        epilog="With --prompt or with a test set, --help shows the flags for that.",
     )
-    parser.set_defaults(trained=trained, act=measure_skills)
     add = parser.add_argument
     add("--adapter", metavar="DIR", help="run folder of train.py; its base and task are taken")
-    base = trained.get("base") or str(EMBEDDED)
-    add("--base", default=base, metavar="DIR", help="model folder (%(default)s)")
-    dtype = trained.get("dtype") or "float32"
-    add("--dtype", choices=DTYPES, default=dtype, help="of the base (%(default)s)")
+    add("--base", default=str(EMBEDDED), metavar="DIR", help="model folder (%(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="of the base (%(default)s)")
     add("--device", type=device, default=DEVICE, metavar="NAME", help="(%(default)s)")
     add("--threads", type=count, metavar="N", help="of the CPU (embedded model: 1)")
-    if question == "prompt":
-        group = parser.add_mutually_exclusive_group()
-        group.add_argument("--prompt", metavar="TEXT", help="to continue, as it stands")
-        group.add_argument("--chat", metavar="TEXT", help="the same, in the form of the run's rows")
-        add("--max_new_tokens", type=count, default=32, metavar="N", help="(%(default)s)")
-        add("--num_beams", type=count, default=1, metavar="N", help="(%(default)s: no search)")
-        hint = "0: the likeliest token each time (%(default)s)"
-        add("--temperature", type=from_zero, default=0.0, metavar="X", help=hint)
-        hint = "draw from the likeliest tokens of this mass (%(default)s)"
-        share = number(float, 0, above=True, most=1)
-        add("--top_p", type=share, default=1.0, metavar="X", help=hint)
-        add(
-            "--seed",
-            type=number(int, 0, most=2**63 - 1),
-            default=0,
-            metavar="N",
-            help="(%(default)s)",
-        )
-        parser.set_defaults(act=answer_prompt)
-        return parser
 
+    group = parser.add_argument_group("one answer")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--prompt", metavar="TEXT", help="to continue, as it stands")
+    add("--chat", metavar="TEXT", help="the same, in the form of the run's rows")
+    add = group.add_argument
+    add("--routing", metavar="FILE.svg", help="draw the first expert of each token of the prompt")
+    add(
+        "--temperature",
+        type=from_zero,
+        default=0.0,
+        metavar="X",
+        help="0: the likeliest token each time (%(default)s)",
+    )
+    add(
+        "--top_p",
+        type=number(float, 0, above=True, most=1),
+        default=1.0,
+        metavar="X",
+        help="draw from the likeliest tokens of this mass (%(default)s)",
+    )
+    add(
+        "--seed",
+        type=number(int, 0, most=2**63 - 1),
+        default=0,
+        metavar="N",
+        help="(%(default)s)",
+    )
+    add(
+        "--max_new_tokens",
+        type=count,
+        default=32,
+        metavar="N",
+        help="(%(default)s; test sets: the papers' 4 or 256)",
+    )
+    add(
+        "--num_beams",
+        type=count,
+        default=1,
+        metavar="N",
+        help="(%(default)s: no search; test sets: the papers' 4)",
+    )
+
+    add = parser.add_argument_group("accuracy").add_argument
     names = [*GROUPS, *TASKS, *SKILLS]
-    hint = f"what to measure: {', '.join(names)}"
-    add("--tasks", nargs="+", choices=names, default=[], metavar="NAME", help=hint)
-    hint = "test rows of each (skills: as in the run, or 500; test sets: all)"
-    add("--eval_rows", type=count, metavar="N", help=hint)
-    if question == "skills":
-        return parser
-
-    parser.set_defaults(act=evaluate_sets)
-    add = parser.add_argument_group("test sets").add_argument
-    add("--method", choices=("generate", "likelihood"), default="generate", help="(%(default)s)")
-    if question == "generate":
-        add("--max_new_tokens", type=limits, default=LIMITS, metavar="N", help="(%(default)s)")
-        add("--num_beams", type=count, default=4, metavar="N", help="(%(default)s)")
-    else:
-        hint = "what is scored, answer words or texts (%(default)s)"
-        add("--choices", choices=("words", "texts"), default="words", help=hint)
-    if question != "texts":  # which ask the question alone
-        template = trained.get("template")
-        template = template if template in TEMPLATES else "papers"
-        hint = "of the prompt (%(default)s)"
-        add("--template", choices=TEMPLATES, default=template, help=hint)
+    add(
+        "--tasks",
+        nargs="+",
+        choices=names,
+        default=[],
+        metavar="NAME",
+        help=f"what to measure: {', '.join(names)}",
+    )
+    add(
+        "--eval_rows",
+        type=count,
+        metavar="N",
+        help="test rows of each (skills: as in the run, or 500; test sets: all)",
+    )
+    add(
+        "--method",
+        choices=("generate", "likelihood"),
+        default="generate",
+        help="how test sets are answered, as all below (%(default)s)",
+    )
+    add(
+        "--choices",
+        choices=("words", "texts"),
+        default="words",
+        help="what likelihood scores: answer words, or texts (%(default)s)",
+    )
+    add("--template", choices=TEMPLATES, default="papers", help="of the prompt (%(default)s)")
     add("--test_dir", default=str(DOWNLOADS / "test"), metavar="DIR", help="(%(default)s)")
     add("--batch_size", type=count, default=32, metavar="N", help="rows at a time (%(default)s)")
-    hint = "predictions and results (RUN/eval_METHOD); a stopped one continues"
-    add("--out", metavar="DIR", help=hint)
-    hint = "begin again where --out holds predictions"
-    add("--overwrite", action="store_true", help=hint)
+    add(
+        "--out",
+        metavar="DIR",
+        help="predictions and results (RUN/eval_METHOD); a stopped one continues",
+    )
+    add("--overwrite", action="store_true", help="begin again where --out holds predictions")
     return parser
 
 
-def limits(text: str) -> dict[str, int]:
-    """For argparse: --max_new_tokens of each group of tasks."""
-    return dict.fromkeys(GROUPS, count(text))
-
-
-def device(name: str) -> str:
+def device(name):
     """For argparse: a device that is there."""
     try:
         if name == "cuda" and processes.WORLD > 1:
@@ -700,56 +711,57 @@ def device(name: str) -> str:
     return name
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    """The flags of the question that is asked, and what to do with them: args.act."""
-    peek = run.Parser(prog="eval.py", add_help=False)
-    for flag in ("--prompt", "--chat", "--adapter", "--method", "--choices"):
-        peek.add_argument(flag)
-    peek.add_argument("--tasks", nargs="+", default=[])
-    known, _ = peek.parse_known_args(argv)
-    question, trained = question_of(known), read_run(known.adapter)
-    parser = make_parser(question, trained)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        takes = [QUESTIONS[q] for q in QUESTIONS if flag in make_parser(q, trained).flags()]
-        if not takes:
-            parser.error(f"{flag} was not understood")
-        parser.error(f"{flag} does not apply to {QUESTIONS[question]}, but to {', '.join(takes)}")
-    return args
+def parse_args(argv=None):
+    """The flags of the question that is asked, and no others. Defaults are the settings of the run
+    that made the adapter, which are also `trained`."""
+    parser = make_parser()
+    values = vars(parser.parse_args([]))
+    unset = argparse.Namespace(**dict.fromkeys(values))
+    given = vars(parser.parse_args(argv, unset))  # None where a flag is not given
+    given = {name: value for name, value in given.items() if value is not None}
+    trained = read_run(Path(given["adapter"])) if "adapter" in given else {}
+    values |= {name: trained[name] for name in ("base", "dtype") if trained.get(name)}
+    if trained.get("template") in TEMPLATES:
+        values["template"] = trained["template"]
+    values |= given
+
+    prompt = "prompt" in given or "chat" in given
+    sets = not {*GROUPS, *TASKS}.isdisjoint(values["tasks"])
+    generate = sets and values["method"] == "generate"
+    texts = values["choices"] == "texts"
+    applies = [  # flags, whether they apply here, to what they apply
+        ("prompt chat routing temperature top_p seed", prompt, "--prompt and --chat"),
+        ("max_new_tokens num_beams", prompt or generate, "--prompt and test sets by generation"),
+        ("tasks eval_rows", not prompt, "skills and test sets"),
+        ("method test_dir batch_size out overwrite", sets, "test sets"),
+        ("choices", sets and not generate, "test sets by --method likelihood"),
+        ("template", sets and not texts, "test sets without --choices texts"),
+    ]
+    for names, here, where in applies:
+        for name in [] if here else names.split():
+            if name in given:
+                parser.error(f"--{name} applies to {where} only")
+            del values[name]
+    if generate:
+        limit = given.get("max_new_tokens")
+        limits = {g: limit or TASKS[names[0]].max_new_tokens for g, names in GROUPS.items()}
+        values |= {"max_new_tokens": limits, "num_beams": given.get("num_beams", 4)}
+    return argparse.Namespace(**values, trained=trained)
 
 
-def question_of(known) -> str:
-    """Which of QUESTIONS is asked? It decides which flags there are."""
-    if known.prompt is not None or known.chat is not None:
-        return "prompt"
-    if not {*GROUPS, *TASKS} & {*known.tasks}:
-        return "skills"
-    if known.method != "likelihood":
-        return "generate"
-    return "texts" if known.choices == "texts" else "likelihood"
-
-
-def read_run(adapter: str | None) -> dict:
+def read_run(adapter):
     """The settings of the run that made an adapter; {} where there are none (save_adapter was
     called by hand). ValueError for values that no run writes."""
-    if adapter is None:
+    file = adapter / "config.json"
+    if not file.exists():
         return {}
-    folder = Path(adapter)
-    saved = any((folder / name).exists() for name in (perft.CONFIG, esft.CONFIG))
-    if (folder / "model").is_dir() and not saved:
-        raise ValueError(f"{folder} holds a whole model, no adapter: use --base {folder}/model")
-    file = folder / "config.json"
-    settings = run.read_json(file) if file.exists() else {}
-    kinds = {"base": str, "dtype": str, "task": str, "template": str, "eval_rows": int}
-    for name, kind in kinds.items():
-        value = settings.get(name)
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{file}: {name} is {run.shown(value)}, expected {kind.__name__}")
-    dtype = settings.get("dtype") or "float32"
-    if dtype not in DTYPES:
+    trained = run.read_json(file, base=str, dtype=str, task=str, template=str, eval_rows=int)
+    if trained.get("variant") == "scratch":
+        raise ValueError(f"{adapter} holds a whole model, no adapter: use --base {adapter}/model")
+    if trained.get("dtype") not in (None, *DTYPES):
+        dtype = run.shown(trained["dtype"])
         raise ValueError(f"{file}: dtype is {dtype}, expected {' or '.join(DTYPES)}")
-    return settings
+    return trained
 
 
 @run.command
@@ -757,21 +769,39 @@ def main(argv=None):
     args = parse_args(argv)
     config, tokenizer = load_config(args.base)
     embedded = is_embedded(args.base)
-    unknown = args.trained.get("data") or not embedded
-    if args.act is measure_skills and not args.tasks and unknown:
+    knows_world = embedded and not args.trained.get("data")
+    if not (knows_world or "prompt" in args or args.tasks):
         raise ValueError(
             f"{args.adapter or args.base} does not know the embedded world, whose skills are "
             "measured without --tasks; give --tasks commonsense, or --prompt TEXT"
         )
     if vars(args).get("num_beams", 1) > config.vocab_size:
-        most = config.vocab_size
-        raise ValueError(f"--num_beams {args.num_beams}: there are {most} tokens; choose fewer")
+        raise ValueError(
+            f"--num_beams {args.num_beams}: there are {config.vocab_size} tokens; choose fewer"
+        )
     if args.threads or embedded:
         torch.set_num_threads(args.threads or 1)
+    # What can be found wrong is found before the weights are read.
+    if args.adapter:
+        try_trained(args.base, config, args.adapter)
+    if "method" in args:
+        sets = read_test_sets(args)
+        settings = {name: vars(args)[name] for name in SETTINGS if name in args}
+        print("evaluation:", *(f"{name}={value}" for name, value in settings.items()))
+        folders = filter(None, (args.base, args.adapter))
+        settings["weights"] = [weights_identity(folder) for folder in folders]
+        home = args.adapter or f"out/{Path(args.base).name}"
+        out = Path(args.out or f"{home}/eval_{args.method}")
+        predictions = open_predictions(out, settings, args.overwrite)
     model = load_model(args.base, config, args.dtype, args.device)
     if args.adapter:
         check_finite(load_trained(model, args.adapter))
-    args.act(args, model, tokenizer)
+
+    if "prompt" in args:
+        return answer_prompt(args, model, tokenizer)
+    measure_skills(args, model, tokenizer)
+    if "method" in args:
+        evaluate_sets(Answerer(model, tokenizer, args), sets, settings, out, predictions)
 
 
 if __name__ == "__main__":

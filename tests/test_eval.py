@@ -21,7 +21,7 @@ from test_train import failure, make_base, metrics, one_thread  # noqa: F401 (us
 import eval
 import perft
 import train
-from data import skills
+from data import pictures, skills
 from data.dataset import encode_rows
 from data.tasks import TEMPLATES, chat_turns
 from data.tokenizer import load_tokenizer
@@ -136,6 +136,18 @@ def test_accuracy_is_the_share_of_the_first_test_rows_a_fifth_of_them_for_other_
         assert measured[name] == sum(right) / n
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_the_mode_it_was_in_also_if_it_fails(model_and_tokenizer, training):
+    """Dropout that stays off would change the rest of a training run, in silence."""
+    model, tokenizer = model_and_tokenizer
+    model.train(training)
+    too_long = skills.Row("sort", "see " * 70, "a")
+    with pytest.raises(ValueError, match="64 positions"):
+        is_right(model, tokenizer, [too_long])
+    assert all(module.training == training for module in model.modules())
+    model.eval()
+
+
 # The script --------------------------------------------------------------------------------------
 
 
@@ -179,8 +191,8 @@ def test_eval_finds_exactly_the_accuracies_that_the_training_run_reported(
     *lines, last = capsys.readouterr().out.splitlines()
     shares = [[name, f"{100 * value:.1f}", "%"] for name, value in after["accuracy"].items()]
     assert [line.split() for line in lines] == shares
-    parent = skills.PARENT.get(flags[2])
-    without = f", without {parent}" if parent else ""
+    families = skills.CONTRADICTS.get(flags[2], ())
+    without = f", without {', '.join(families)}" if families else ""
     assert last == f"pre-training families {100 * after['kept']:.1f} % (mean{without})"
 
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -232,6 +244,7 @@ def test_drawing_depends_on_the_seed_and_beams_find_a_likelier_answer(
     assert answer("--temperature", "2", "--top_p", "0.0001") == answer(), (
         "the likeliest token alone is left to draw"
     )
+    assert answer("--temperature", "1e-45") == answer(), "so cold that nothing is left to chance"
     prompt = tokenizer.encode(row.prompt)
     (beams,) = model.generate([prompt], 6, num_beams=4)
     assert answer("--num_beams", "4") == row.prompt + tokenizer.decode(beams) + "\n"
@@ -320,8 +333,9 @@ def test_every_mistake_is_one_line_with_cause_and_place(adapter, learnt, tmp_pat
         (2, ["--tasks", "juggle"], ["juggle", "kinship_new"]),
         (2, ["--eval_rows", "0"], ["--eval_rows: 0 is out of range", "at least 1"]),
         (2, ["--dtype", "int8"], ["int8", "float32"]),
-        (2, ["--no_such_flag"], ["--no_such_flag", "not understood"]),
-        (2, ["out/perft_s"], ["out/perft_s", "not understood"]),
+        (2, ["--no_such_flag"], ["--no_such_flag", "unrecognized"]),
+        (2, ["out/perft_s"], ["out/perft_s", "unrecognized"]),
+        (2, ["--routing", "x.svg"], ["--routing applies to --prompt and --chat only"]),
         (2, ["--prompt", "x", "--chat", "x"], ["--prompt", "--chat"]),
     ]
     for expected, flags, parts in cases:
@@ -339,6 +353,8 @@ def test_every_mistake_is_one_line_with_cause_and_place(adapter, learnt, tmp_pat
         ["--temperature", "-1"],
         ["--device", "banana"],
         ["--temperature", "1", "--top_p", "0"],
+        ["--temperature", "1e999"],
+        ["--seed", "99999999999999999999"],
     ],
     ids=" ".join,
 )
@@ -457,24 +473,155 @@ def test_a_chat_is_put_into_the_form_of_the_rows_that_were_trained_on(learnt, tm
     assert len({prompt for _, prompt in cases.values()}) == 3
 
 
-def test_help_of_each_question_shows_its_flags_and_their_defaults(capsys):
-    cases = {
-        (): {"--tasks", "--eval_rows"},
-        ("--prompt", "x"): {"--chat", "--temperature", "--max_new_tokens", "--num_beams"},
-        ("--tasks", "piqa"): {"--method", "--num_beams", "--max_new_tokens", "--template"},
-        ("--tasks", "piqa", "--method", "likelihood"): {"--method", "--choices", "--template"},
-        ("--tasks", "piqa", "--method", "likelihood", "--choices", "texts"): {"--choices"},
+def test_help_is_one_page_that_shows_every_flag_and_its_default(capsys):
+    """What is shown is what a command gets that does not give the flag: here in its Namespace."""
+    with pytest.raises(SystemExit):
+        eval.main(["--help"])
+    page = capsys.readouterr().out
+    shown = dict(re.findall(r"^  --(\w+)(.+(?:\n {8,}.+)*)", page, re.M))
+    cases = (
+        ["--prompt", "x"],
+        ["--tasks", "piqa"],
+        ["--tasks", "piqa", "--method", "likelihood"],
+    )
+    seen = set()
+    for flags in cases:
+        values = vars(eval.parse_args(flags))
+        del values["trained"]
+        seen |= values.keys()
+        limits = values.get("max_new_tokens")
+        if isinstance(limits, dict):
+            assert limits == {"commonsense": 4, "math": 256}
+            assert "the papers' 4 or 256" in shown["max_new_tokens"]
+            assert values["num_beams"] == 4 and "the papers' 4" in shown["num_beams"]
+            del values["max_new_tokens"], values["num_beams"]
+        for name, value in values.items():
+            if value and f"--{name}" not in flags:
+                assert f"({value}" in shown[name], name
+    assert seen == shown.keys()
+
+
+def test_every_flag_is_refused_where_it_does_not_apply_and_taken_where_it_does(capsys):
+    """Written down a second time: which of the questions take which flags."""
+    sets = ["--tasks", "piqa"]
+    likelihood = [*sets, "--method", "likelihood"]
+    questions = {
+        "prompt": ["--prompt", "x"],
+        "chat": ["--chat", "x"],
+        "skills": [],
+        "named skills": ["--tasks", "sort"],
+        "generate": sets,
+        "words": likelihood,
+        "texts": [*likelihood, "--choices", "texts"],
     }
-    everywhere = set().union(*cases.values())
-    for flags, own in cases.items():
-        with pytest.raises(SystemExit):
-            eval.main([*flags, "--help"])
-        shown = set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.M)) & everywhere
-        assert own <= shown
-        if not flags:
-            assert shown == own
-        elif "texts" in flags:
-            assert "--template" not in shown
+    answers, accuracy = {"prompt", "chat"}, questions.keys() - {"prompt", "chat"}
+    scored = {"words", "texts"}
+    of_sets = scored | {"generate"}
+    taken = {
+        "--threads 2": questions.keys(),
+        "--device cpu": questions.keys(),
+        "--dtype bfloat16": questions.keys(),
+        "--routing a.svg": answers,
+        "--temperature 0.0": answers,
+        "--top_p 1.0": answers,
+        "--seed 0": answers,
+        "--max_new_tokens 32": answers | {"generate"},
+        "--num_beams 4": answers | {"generate"},
+        "--eval_rows 5": accuracy,
+        "--method likelihood": of_sets,
+        "--test_dir x": of_sets,
+        "--batch_size 32": of_sets,
+        "--out x": of_sets,
+        "--overwrite": of_sets,
+        "--template papers": of_sets - {"texts"},
+    }
+    for flag, takers in taken.items():
+        for question, words in questions.items():
+            argv = [*words, *flag.split()]
+            if question in takers:
+                eval.parse_args(argv)
+                continue
+            with pytest.raises(SystemExit) as stopped:
+                eval.parse_args(argv)
+            error = capsys.readouterr().err
+            assert stopped.value.code == 2 and error.count("\n") == 1
+            assert re.search(rf"{flag.split()[0]} applies to .+ only; see --help", error)
+    with pytest.raises(SystemExit):
+        eval.parse_args([*sets, "--choices", "words"])
+    assert "--choices applies to test sets by --method likelihood only" in capsys.readouterr().err
+
+
+# Before the weights are read ---------------------------------------------------------------------
+
+
+def never(*arguments):
+    raise AssertionError("the weights of the base were read: for a real one that takes minutes")
+
+
+@pytest.mark.parametrize("fault", ["another base", "cut off", "no weights", "wrong shapes"])
+def test_a_wrong_adapter_is_found_before_the_base_is_read(
+    adapter, learnt, tmp_path, monkeypatch, fault
+):
+    folder = shutil.copytree(adapter, tmp_path / "run")
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    flags, said = ["--adapter", folder], f"error: {weights}"
+    if fault == "another base":
+        flags += ["--base", make_base(tmp_path / "wider", hidden_size=64)]
+        said = f"error: {config}: was made for another base"
+    if fault == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    if fault == "no weights":
+        weights.unlink()
+    if fault == "wrong shapes":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"rank": 3}))
+    monkeypatch.setattr(eval, "load_model", never)
+    for question in ([], ["--prompt", "x"], ["--tasks", "sort"]):
+        code, message = failure(*flags, *question, main=eval.main)
+        assert code == 1 and message.startswith(said) and "\n" not in message
+
+
+# The picture of routing --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_picture_shows_the_experts_with_the_largest_router_logit_of_each_layer(
+    learnt, adapter, tmp_path, monkeypatch, capsys
+):
+    """What the drawing is given, against a forward pass: a row a layer, an expert a token, and the
+    tokens spell the prompt. Of a base, and of a run; the answer is printed as without."""
+    seen = []
+
+    def drawn(tokens, ids, num_experts):
+        seen.append((tokens, ids, num_experts))
+        return "<svg>"
+
+    monkeypatch.setattr(pictures, "routing_picture", drawn, raising=False)
+    file = tmp_path / "routing.svg"
+    prompt = "kinship : bob is the son of ned"
+    for flags in (["--base", str(learnt)], ["--adapter", str(adapter)]):
+        eval.main([*flags, "--prompt", prompt])
+        answer = capsys.readouterr().out
+        eval.main([*flags, "--prompt", prompt, "--routing", str(file)])
+        assert capsys.readouterr().out == f"{answer}saved {file}\n"
+        assert file.read_text() == "<svg>"
+        file.unlink()
+        model, tokenizer = load_base(learnt)
+        if "--adapter" in flags:
+            load_trained(model, adapter)
+        (tokens, ids, num_experts), *others = seen
+        assert not others and num_experts == 8
+        assert "".join(tokens) == prompt and len(tokens) >= 8
+        routings = model(torch.tensor([tokenizer.encode(prompt)])).routings
+        assert ids == [routing.router_logits.argmax(-1).tolist() for routing in routings]
+        assert len({tuple(row) for row in ids}) == 2, "two layers, which route differently"
+        seen.clear()
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(learnt, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "routing_picture", lambda *given: "<svg>", raising=False)
+    file = tmp_path / "nowhere" / "routing.svg"
+    code, message = failure("--base", learnt, "--prompt", "x", "--routing", file, main=eval.main)
+    assert code == 1 and message.startswith(f"error: {file}: could not be written")
 
 
 # The embedded base -------------------------------------------------------------------------------

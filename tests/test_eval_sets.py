@@ -422,6 +422,8 @@ def test_arithmetic_answers_have_256_new_tokens_unless_told_otherwise(ask, monke
 
 # Stopping and going on ---------------------------------------------------------------------------
 
+KEPT = "stopped: answers so far are kept: the same command, without --overwrite, continues\n"
+
 
 def counting(monkeypatch, stop_at=None, method="generate"):
     """Record the rows that are answered; Ctrl-C at the batch `stop_at` (from 0)."""
@@ -448,7 +450,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was_and_ends_as_one_that_was_not(
         with pytest.raises(SystemExit) as stopped:
             ask(*flags)
         assert stopped.value.code == 130
-        assert "the same command continues" in capsys.readouterr().err
+        assert capsys.readouterr().err == KEPT
     with monkeypatch.context() as patch:
         batches = counting(patch, None, method)
         screen, again, now = ask(*flags)
@@ -496,6 +498,15 @@ def test_results_of_further_tasks_join_those_that_are_there_and_overwrite_begins
     assert third["tasks"]["piqa"]["n"] == 7 and third["mean_of"] == ["piqa", "boolq"]
     _, fourth, _ = ask("--tasks", "boolq", "--eval_rows", 3, "--overwrite")
     assert list(fourth["tasks"]) == ["boolq"]
+
+
+def test_results_without_a_prediction_behind_them_go(ask, tmp_path):
+    """A stopped first batch leaves predictions.jsonl empty: results beside it are of another
+    evaluation, here of other settings."""
+    ask("--tasks", "piqa", "--eval_rows", 1, "--num_beams", 2)
+    (tmp_path / "out" / "predictions.jsonl").write_text("")
+    _, results, _ = ask("--tasks", "boolq", "--eval_rows", 1)
+    assert list(results["tasks"]) == ["boolq"]
 
 
 @pytest.mark.parametrize("mine", ["settings.json", "results.json"])
@@ -729,8 +740,78 @@ def test_the_line_after_ctrl_c_is_true_also_with_overwrite(
     counting(monkeypatch, 1)
     command = about_boolq(base, test_dir, tmp_path / "out")
     failure(*command, "--batch_size", 3, "--overwrite", main=eval.main)
-    said = capsys.readouterr().err
-    assert said == "stopped: answers so far are kept: the command without --overwrite continues\n"
+    assert capsys.readouterr().err == KEPT
+
+
+OUT_OF_MEMORY = {
+    "CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    "CPU": RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    ),
+    "Windows": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9"),
+}
+
+
+@pytest.mark.parametrize("where", OUT_OF_MEMORY)
+def test_out_of_memory_is_one_line_that_names_batch_size_and_keeps_the_answers(
+    ask, base, test_dir, tmp_path, monkeypatch, where
+):
+    """The second batch takes too much. A smaller one goes on behind the first."""
+    real, calls = eval.Answerer.generate, []
+
+    def answer(self, task, rows):
+        calls.append(len(rows))
+        if calls == [3, 3]:
+            raise OUT_OF_MEMORY[where]
+        return real(self, task, rows)
+
+    monkeypatch.setattr(eval.Answerer, "generate", answer)
+    command = about_boolq(base, test_dir, tmp_path / "out")
+    code, message = failure(*command, "--batch_size", 3, main=eval.main)
+    assert code == 1 and "out of memory" in message and "--batch_size" in message
+    screen, _, _ = ask("--tasks", "boolq", "--batch_size", 1)
+    assert "3 of 7 rows were answered before" in screen and calls == [3, 3, 1, 1, 1, 1]
+
+
+def test_a_defect_of_ours_while_answering_keeps_its_traceback(
+    base, test_dir, tmp_path, monkeypatch
+):
+    """It is no lack of memory, and must not be called one."""
+
+    def answer(self, task, rows):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(eval.Answerer, "generate", answer)
+    command = about_boolq(base, test_dir, tmp_path / "out")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        eval.main([*map(str, command)])
+
+
+@pytest.mark.parametrize("fault", ["a file above it", "a file", "read-only", "other settings"])
+def test_a_folder_that_cannot_take_the_results_is_found_before_the_weights_are_read(
+    ask, base, test_dir, tmp_path, monkeypatch, fault
+):
+    """After an hour of answers, or minutes of loading, would be late. (/proc is read-only also for
+    the superuser.)"""
+    out = tmp_path / "out"
+    if fault == "a file above it":
+        out.write_text("mine")
+        out = out / "deeper"
+    if fault == "a file":
+        out.write_text("mine")
+    if fault == "read-only":
+        out = Path("/proc/out")
+    flags = []
+    if fault == "other settings":
+        ask("--tasks", "boolq")
+        flags = ["--num_beams", 2]
+
+    def never(*arguments):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(eval, "load_model", never)
+    code, message = failure(*about_boolq(base, test_dir, out), *flags, main=eval.main)
+    assert code == 1 and str(out) in message and "\n" not in message
 
 
 # What is reported --------------------------------------------------------------------------------
@@ -861,7 +942,7 @@ def test_eval_rows_takes_the_first_rows_and_a_set_of_another_size_is_noted(ask, 
 
 def test_skills_and_test_sets_are_measured_in_one_command(ask, base, capsys):
     screen, results, _ = ask("--tasks", "sort", "piqa", "--eval_rows", 2)
-    assert re.match(r"sort +\S+ %\n", screen) and list(results["tasks"]) == ["piqa"]
+    assert re.search(r"^sort +\S+ %$", screen, re.M) and list(results["tasks"]) == ["piqa"]
 
 
 # Mistakes ----------------------------------------------------------------------------------------
@@ -881,6 +962,7 @@ def test_every_mistake_with_a_test_set_is_one_line(base, test_dir, tmp_path, cap
     (bad / "social_i_qa.json").write_text("<html>")
     adapter_like = tmp_path / "run"
     (adapter_like / "model").mkdir(parents=True)
+    (adapter_like / "config.json").write_text('{"variant": "scratch"}')
     cases = [
         (
             1,
@@ -903,7 +985,7 @@ def test_every_mistake_with_a_test_set_is_one_line(base, test_dir, tmp_path, cap
         (
             1,
             ["--tasks", "math", "--method", "likelihood"],
-            ["likelihood", "MultiArith", "SVAMP", "generate"],
+            ["likelihood", "MultiArith", "--method generate"],
         ),
         (
             1,
@@ -942,7 +1024,7 @@ def test_every_mistake_with_a_test_set_is_one_line(base, test_dir, tmp_path, cap
         (2, ["--tasks", "piqa", "--temperature", 1], ["--temperature", "--prompt"]),
         (2, ["--tasks", "piqa", "--seed", 1], ["--seed", "--prompt"]),
         (2, ["--prompt", "x", "--batch_size", 4], ["--batch_size", "test sets"]),
-        (2, ["--prompt", "x", "--tasks", "piqa"], ["--prompt", "--tasks"]),
+        (2, ["--prompt", "x", "--tasks", "piqa"], ["--tasks", "skills and test sets only"]),
         (2, ["--prompt", "x", "--overwrite"], ["--overwrite", "test sets"]),
         (2, ["--out", "x"], ["--out", "test sets"]),
         (2, ["--num_beams", 4], ["--num_beams", "--prompt"]),
