@@ -61,7 +61,7 @@ from data import shard as processes
 from data.run import count, from_zero, number, positive
 from model import DTYPES, EMBEDDED, Config, MoETransformer
 from moe import expert_counts, prob_sums, unevenness
-from perft import BASELINES, PERFT, PerftConfig
+from perft import BASELINES, LORA, PERFT, PerftConfig
 
 # Flags -------------------------------------------------------------------------------------------
 
@@ -79,6 +79,7 @@ LEARNING_RATES = {
     "esft_token": 3e-3,
     "esft_gate": 3e-3,
     "lora_qv": 2e-3,
+    "lora_experts": 1e-3,  # not a grid
     "router": 5e-3,
     "frozen_experts": 3e-4,
     "full": 1e-4,
@@ -115,9 +116,9 @@ def make_parser(asked: Asked) -> run.Parser:
         add_file_flags(parser, asked)
     else:
         add_task_flags(parser, asked.variant)
-    if asked.variant in (*PERFT, "lora_qv"):
+    if asked.variant in (*PERFT, *LORA):
         add_adapter_flags(parser, asked.variant)
-    if asked.variant in (*ESFT, "perft_e"):
+    if asked.variant in (*ESFT, "perft_e", "lora_experts"):
         add_expert_flags(parser, asked)
     add_optimisation_flags(parser, asked)
     add_run_flags(parser, asked)
@@ -172,7 +173,9 @@ def add_adapter_flags(parser, variant: str):
     )
     add("--alpha", type=from_zero, metavar="X", help="scale is alpha/r (2r)")
     add("--dropout", type=from_zero, default=defaults.dropout, metavar="X", help="(%(default)s)")
-    if variant == "lora_qv":
+    if variant == "lora_experts":
+        add("--shared_outer", action="store_true", help="one outer half for a layer's experts")
+    if variant in LORA:
         return
     add("--kind", choices=("lora", "parallel"), default=defaults.kind, help="(%(default)s)")
     about = "weights at the start (%(default)s)"
@@ -199,7 +202,7 @@ def add_adapter_flags(parser, variant: str):
 
 def add_expert_flags(parser, asked: Asked):
     add = parser.add_argument_group("experts").add_argument
-    if asked.variant == "perft_e":
+    if asked.variant not in ESFT:
         add("--experts", metavar="FILE", help="adapters for the experts of an expert_cfg.json only")
         return
     about = "the choice of an expert_cfg.json; or 'random': as many, drawn by --seed"
@@ -256,6 +259,8 @@ def add_run_flags(parser, asked: Asked):
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
     add("--resume", action="store_true", help="continue the run that the folder holds")
     add("--log_every", type=count, default=20, metavar="N", help="steps a line (%(default)s)")
+    about = "steps between accuracies on validation rows (none)"
+    add("--eval_every", type=count, metavar="N", help=about)
     about = "steps between states to resume from (%(default)s)"
     add("--save_every", type=count, default=50, metavar="N", help=about)
     about = "rows at a time on a device (all of the batch that are its)"
@@ -371,9 +376,9 @@ def check_args(args):
         PerftConfig(**adapter_options(args))
     if getattr(args, "kind", None) == "parallel" and args.alpha is not None:
         raise ValueError("--alpha does not apply to --kind parallel, which has no scale")
-    if args.variant == "perft_e" and args.experts == "random":
+    if args.variant not in ESFT and args.experts == "random":
         raise ValueError(
-            "--experts random is a control for esft_token and esft_gate; perft_e takes a file"
+            "--experts random is a control for esft_token and esft_gate; adapters take a file"
         )
 
 
@@ -544,12 +549,15 @@ def steps_done(optimizer) -> int:
 # What is measured --------------------------------------------------------------------------------
 
 
+VALIDATION_ROWS = 90  # of each skill; the smallest, lexicon_new, has 94
+
+
 @torch.compiler.set_stance("force_eager")  # a few batches, of other lengths: not worth a graph
-def measure(when: str, model, tokenizer, data: dataset.Data, args) -> tuple[str, dict]:
-    """A text for the screen and a record for metrics.jsonl.
+def measure(when: str, model, tokenizer, data: dataset.Data, args, split="test"):
+    """-> a text for the screen, and a record for metrics.jsonl.
 
     --task: accuracy on it, and how much of the pre-training families is still there.
-    --data: loss of the held-out rows.
+    --data: loss of the held-out rows, whatever the split.
     """
     if args.data and data.held_out is None:
         return f"no rows are held out to measure {when} training", {}
@@ -558,11 +566,17 @@ def measure(when: str, model, tokenizer, data: dataset.Data, args) -> tuple[str,
         text = f"cross-entropy of {len(data.held_out)} held-out rows {when}: {loss:.4f}"
         return text, {"held_out": loss}
     names = [*([args.task] if args.task else []), *skills.FAMILIES]
-    accuracy = eval.accuracies(model, tokenizer, names, args.eval_rows, args.task)
+    if split == "test":
+        accuracy = eval.accuracies(model, tokenizer, names, args.eval_rows, args.task)
+    else:
+        accuracy = eval.accuracies(model, tokenizer, names, VALIDATION_ROWS, split=split)
     record = {"accuracy": accuracy, "kept": eval.kept(accuracy, args.task)}
     task = f"{args.task} {100 * accuracy[args.task]:.1f} %, " if args.task else ""
-    families = " ".join(f"{name} {100 * accuracy[name]:.0f}" for name in skills.FAMILIES)
-    return f"accuracy {when}: {task}{eval.kept_text(accuracy, args.task)}\n    {families}", record
+    text = f"accuracy {when}: {task}{eval.kept_text(accuracy, args.task)}"
+    if split == "test":
+        others = [name for name in accuracy if name != args.task]
+        text += "\n    " + " ".join(f"{name} {100 * accuracy[name]:.0f}" for name in others)
+    return text, record
 
 
 @torch.no_grad()
@@ -664,10 +678,13 @@ def train(args):
     optimizer = make_optimizer(model, args)
     settings = settings_of(args, config, data)
     settings["chosen"] = getattr(getattr(model, "adapter_config", None), "experts", None)
+    rows = perft.what_trains(model)
+    settings["trains"] = sum(row.parameters for row in rows)
+    settings["activated"] = sum(row.activated for row in rows)  # of those, by one token
     out = Path(args.out)
     if args.resume:
         check_same_run(run.read_json(out / "config.json"), settings)
-        hub.read_tensors(out / "state.safetensors", state_places(model, optimizer))
+        hub.Tensors(out / "state.safetensors").fill(state_places(model, optimizer))
     first = steps_done(optimizer)
 
     print(configuration_text(settings))
@@ -740,13 +757,13 @@ def settings_of(args, config: Config, data: dataset.Data) -> dict:
         "torch": torch.__version__,
         "base_config": config.to_dict(),
     }
-    if args.variant in (*PERFT, "lora_qv"):
+    if args.variant in (*PERFT, *LORA):
         settings["alpha"] = PerftConfig(**adapter_options(args)).alpha
     return settings
 
 
 def configuration_text(settings: dict) -> str:
-    hidden = ("data_sha256", "world", "torch", "base_config", "chosen")
+    hidden = ("data_sha256", "world", "torch", "base_config", "chosen", "trains", "activated")
     words = []
     for name, value in settings.items():
         if name not in hidden and value is not None and value is not False:
@@ -876,6 +893,13 @@ def run_steps(args, settings, model, tokenizer, data, optimizer, first: int, log
             text, record = measure(when, model, tokenizer, data, args)
             log.write(text, event="epoch", step=done, **record)
             model.train()
+        if args.eval_every and done % args.eval_every == 0:
+            when = f"at step {done}, validation rows"
+            paused = time.perf_counter()
+            text, record = measure(when, model, tokenizer, data, args, "validation")
+            log.write(text, event="eval", step=done, **record)
+            model.train()
+            since += time.perf_counter() - paused
         if save_now:
             eval.check_finite(model)
             hub.write_tensors(Path(args.out) / "state.safetensors", state_places(model, optimizer))

@@ -835,6 +835,7 @@ TAKES = {
     "perft_r": [*LORA, *UNIT, *ROUTED],
     "perft_e": [*LORA, *UNIT, "experts"],
     "lora_qv": LORA,
+    "lora_experts": [*LORA, "experts"],
     "esft_token": [*CHOICE, "train_router"],
     "esft_gate": [*CHOICE, "train_router", "gate_share"],
 }
