@@ -64,6 +64,7 @@ EVAL_FILES = ("settings.json", "results.json", "predictions.jsonl")  # of a fold
 # What a run folder may hold beside config.json and metrics.jsonl: what --overwrite removes.
 RUN_FILES = (
     "state.safetensors",
+    "run.svg",
     perft.CONFIG,
     perft.WEIGHTS,
     esft.CONFIG,

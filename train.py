@@ -8,7 +8,8 @@
     python train.py --variant scratch                      re-make the base: about an hour
     python train.py --variant perft_r --help               the flags of a variant
 
-What happens, in this order, on the screen and in the run folder (config.json, metrics.jsonl):
+What happens, in this order, on the screen and in the run folder (config.json, metrics.jsonl, and
+run.svg at the end):
 
     memory that is certain -> configuration -> table of what trains -> accuracy before -> steps ->
     accuracy after -> what was saved, and where
@@ -56,7 +57,7 @@ from tqdm import tqdm
 import esft
 import eval
 import perft
-from data import dataset, hub, run, skills, tasks
+from data import dataset, hub, pictures, run, skills, tasks
 from data import shard as processes
 from data.run import count, from_zero, number, positive
 from model import DTYPES, EMBEDDED, Config, MoETransformer
@@ -715,6 +716,8 @@ def train(args):
     peak, size = peak_memory(args.device), saved.stat().st_size
     log.write(f"memory: at most {peak / 1e9:.2f} GB", event="memory", peak=peak)
     log.write(f"saved {saved} ({size:,} bytes)", event="saved", file=str(saved), bytes=size)
+    if processes.RANK == 0:
+        pictures.draw(out)
 
 
 def begin_folder(out: Path, settings: dict):

@@ -169,7 +169,8 @@ def test_the_screen_tells_the_run_in_order_and_the_files_hold_its_numbers(run, c
     size = (folder / "adapter_model.safetensors").stat().st_size
     assert saved["bytes"] == size and saved["file"] == str(folder / "adapter_model.safetensors")
     assert f"saved {folder / 'adapter_model.safetensors'} ({size:,} bytes)" in screen
-    expected = {"config.json", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors"}
+    expected = {"config.json", "metrics.jsonl", "run.svg"}
+    expected |= {"adapter_config.json", "adapter_model.safetensors"}
     left = {path.name for path in folder.iterdir()}
     assert left == expected, "no state and no temporary file is left behind"
 
