@@ -12,7 +12,8 @@ A safetensors file is
 
 Nothing in it is executed, and a tensor is found without reading the others: the file is mapped into
 memory, and a tensor is a view of the map. The header may lie, so every number in it is checked
-before it is used.
+before it is used. The tensors lie one behind another and fill the data: the format wants that, and
+it leaves a tensor nowhere else to be. Read are the four dtypes that a model's weights have.
 
 A `Place` is where a tensor goes, and where it is taken from when a folder is written: a parameter,
 or one matrix of a stack of experts, or half of that. `places` is the one table of names and places.
@@ -31,8 +32,6 @@ import json
 import mmap
 import re
 from collections import Counter
-from collections.abc import Mapping
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -48,12 +47,6 @@ FILE_DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 
@@ -66,8 +59,7 @@ class Family(NamedTuple):
 
     architecture: str
     assumed: dict  # key -> what is meant if the file does not say
-    experts: str = "num_experts"  # the key of that field in files on the hub
-    width: str = "intermediate_size"  # the key of an expert's
+    spelled: dict = {}  # field -> its key in files on the hub
 
 
 FAMILIES = {
@@ -75,13 +67,13 @@ FAMILIES = {
     "mixtral": Family(
         "MixtralForCausalLM",
         {"rope_theta": 1e6, "router_aux_loss_coef": 1e-3},
-        experts="num_local_experts",
+        {"num_experts": "num_local_experts"},
     ),
     # Qwen3's "intermediate_size" is of layers without experts: there are none, but it is kept
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         {"rope_theta": 1e4, "router_aux_loss_coef": 1e-3, "rms_norm_eps": 1e-6},
-        width="moe_intermediate_size",
+        {"intermediate_size": "moe_intermediate_size"},
     ),
 }
 # key -> the one value (beside null) that leaves the network as model.py has it
@@ -90,24 +82,21 @@ NEUTRAL = {
     "attention_bias": False,
     "mlp_only_layers": [],
     "decoder_sparse_step": 1,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "use_sliding_window": False,
 }
-WANTED = {
-    int: "a positive integer",
-    float: "a number >= 0",
-    bool: "true or false",
-    str: "a text",
+WANTED = {  # kind -> what it is called, and the least value
+    int: ("a positive integer", 1),
+    float: ("a number >= 0", 0),
+    bool: ("true or false", False),
+    str: ("a text", ""),
 }
 
 
-def fits(value, kind) -> bool:
-    if kind is int:
-        return run.is_kind(value, int) and 0 < value < 2**31
-    return run.is_kind(value, kind) and (kind is not float or value >= 0)
-
-
-def is_whole(numbers, most=2**63) -> bool:
-    """A list of integers from 0 up? type(): Python counts true as one."""
-    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < most for n in numbers)
+def is_whole(numbers):
+    """A list of integers from 0 up?"""
+    return isinstance(numbers, list) and all(run.is_kind(n, int) and n >= 0 for n in numbers)
 
 
 def read_config(folder: str | Path, kind: type):
@@ -133,27 +122,27 @@ def read_config(folder: str | Path, kind: type):
 def make_config(raw: dict, kind: type):
     """The content of a config.json -> `kind`. ValueError for what the network cannot be."""
     keys = one_spelling(raw)
-    width = FAMILIES[keys["model_type"]].width
+    spelled = FAMILIES[keys["model_type"]].spelled
     known = {}
-    for f in dataclasses.fields(kind):
-        if f.name == "extra":
-            continue
-        key = width if f.name == "intermediate_size" else f.name
+    *fields, extra = dataclasses.fields(kind)
+    for f in fields:
+        key = spelled.get(f.name, f.name)
         value = keys.pop(key, None)
         if value is None and f.default is not dataclasses.MISSING:
             continue  # null and missing are the default
         python_type = (get_args(f.type) or (f.type,))[0]  # int of `int | None`
-        wanted, fine = WANTED[python_type], fits(value, python_type)
+        wanted, least = WANTED[python_type]
+        fine = run.is_kind(value, python_type) and value >= least
         if key.endswith("_token_id"):
             wanted = "a token id or a list of them"
-            fine = is_whole(value if isinstance(value, list) else [value], most=2**31)
+            fine = is_whole(value if isinstance(value, list) else [value])
         if not fine:
             raise ValueError(f"{key} is {run.shown(value)}; it must be {wanted}")
         known[f.name] = value
     return kind(**known, extra=keys)
 
 
-def one_spelling(raw: dict) -> dict:
+def one_spelling(raw):
     """The keys as hub files of 2024 have them, with what a family takes for granted filled in."""
     keys = {name: value for name, value in raw.items() if name not in ("dtype", "torch_dtype")}
     family = keys.get("model_type")
@@ -162,19 +151,21 @@ def one_spelling(raw: dict) -> dict:
             f"model_type {run.shown(family)} is not supported; supported: {', '.join(FAMILIES)}"
         )
     for key, neutral in NEUTRAL.items():
-        if keys.get(key) not in (None, neutral):
-            raise ValueError(f"{key} {run.shown(keys[key])} is not supported; only {neutral} is")
-    windowed = family != "qwen3_moe" or keys.get("use_sliding_window")
-    if windowed and keys.get("sliding_window") is not None:
-        raise ValueError("sliding_window attention is not supported; only null is")
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = keys.pop(key, None) or {}
-        rope_type = isinstance(rope, dict) and (rope.get("rope_type") or rope.get("type"))
-        if rope_type not in (None, "default"):
-            raise ValueError(f"{key} {run.shown(rope)} is not supported; only rope_type default is")
-        if keys.get("rope_theta") is None:
-            keys["rope_theta"] = rope.get("rope_theta")
-    if "num_local_experts" in keys:  # Mixtral's, and whatever transformers 5 wrote
+        # Qwen3's files tell the window's size even where there is none: use_sliding_window counts
+        unused = key == "sliding_window" and family == "qwen3_moe"
+        if keys.get(key) not in (None, neutral) and not unused:
+            raise ValueError(
+                f"{key} {run.shown(keys[key])} is not supported; only {run.shown(neutral)} is"
+            )
+    rope = keys.pop("rope_parameters", None) or {}
+    rope_type = isinstance(rope, dict) and (rope.get("rope_type") or rope.get("type"))
+    if rope_type not in (None, "default"):
+        raise ValueError(
+            f"rope_parameters {run.shown(rope)} is not supported; only rope_type default is"
+        )
+    if keys.get("rope_theta") is None:
+        keys["rope_theta"] = rope.get("rope_theta")
+    if family != "mixtral" and "num_local_experts" in keys:  # whatever transformers 5 wrote
         keys["num_experts"] = keys.pop("num_local_experts")
     if family == "mixtral":
         keys["norm_topk_prob"] = True  # not a key of its config: always so
@@ -189,8 +180,7 @@ def config_keys(config) -> dict:
     keys = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     extra = keys.pop("extra")
     family = FAMILIES[config.model_type]
-    keys[family.experts] = keys.pop("num_experts")
-    keys[family.width] = keys.pop("intermediate_size")
+    keys = {family.spelled.get(name, name): value for name, value in keys.items()}
     return {"architectures": [family.architecture], "hidden_act": "silu"} | extra | keys
 
 
@@ -230,6 +220,10 @@ class Stack(NamedTuple):
     places: list[Place]
 
     @property
+    def parameter(self) -> torch.Tensor:
+        return self.places[0].parameter
+
+    @property
     def shape(self) -> list[int]:
         return [len(self.places), *self.places[0].shape]
 
@@ -237,8 +231,6 @@ class Stack(NamedTuple):
         for place, matrix in zip(self.places, source):
             place.fill(matrix)
 
-
-Table = dict[str, Place | Stack]  # tensor name in a file -> its place
 
 # The names of a layer's MoE and of each expert's three matrices.
 MOE_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj")
@@ -256,7 +248,7 @@ ATTENTION_HALF = (
 )
 
 
-def places(model, fused=False) -> Table:
+def places(model, fused=False) -> dict:
     """Tensor name in a Hugging Face folder -> its place in the model (a model.MoETransformer).
 
     fused: the experts of a layer as two stacked tensors, as transformers 5 holds them in memory and
@@ -304,81 +296,73 @@ def expert_places(experts, count):
 # One safetensors file ----------------------------------------------------------------------------
 
 
-class SafetensorsFile(Mapping):
-    """A safetensors file as a mapping name -> tensor (a view of the mapped file: do not write)."""
+class SafetensorsFile(dict):
+    """A safetensors file as {name: tensor}, each a view of the mapped file: do not write."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.exists():
-            raise FileNotFoundError(f"{path}: no such file; is the folder complete?")
-        if not self.path.is_file():
-            self.fail("is not a regular file; copy or download it again")
+        if not self.path.is_file():  # a folder, or a pipe, of which a read may never end
+            raise FileNotFoundError(
+                f"{path}: no such file, or not a regular file; is the folder complete?"
+            )
         size = self.path.stat().st_size
         with open(path, "rb") as file:
             first = file.read(8)
             if first == b"version ":
                 self.fail("is a Git LFS pointer, not the weights; fetch them with: git lfs pull")
             length = int.from_bytes(first, "little")
-            self.start = 8 + length
-            if self.start > size:
+            if 8 + length > size:
                 self.fail(f"the header should have {length} bytes, the file has {size}; cut off?")
-            header = file.read(length)
+            header = file.read(length).decode("utf-8", errors="replace")
             # "copy": torch wants memory that it may write
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self.entries = self.parse(header)
-        self.check(size - self.start)
-
-    def fail(self, message: str):
-        raise ValueError(f"{self.path}: {message}")
-
-    def parse(self, header):
-        try:
-            entries = json.loads(header.decode("utf-8"), object_pairs_hook=without_duplicates)
-        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-            self.fail(f"the header is not JSON ({error}); the file is corrupt, or of another kind")
+        entries = run.parse_json(header, f"{path}: the header")
         if not isinstance(entries, dict):
             self.fail("the header is not a JSON object; the file is corrupt, or of another kind")
         entries.pop("__metadata__", None)
-        return entries
 
-    def check(self, size):
-        """Entries lie in the `size` bytes of data, fit their shapes, and do not overlap."""
-        spans = [self.span(run.shown(name), entry, size) for name, entry in self.entries.items()]
-        for (_, end, one), (begin, _, other) in pairwise(sorted(spans)):
-            if begin < end:
-                self.fail(f"tensors {one} and {other} overlap; the file is corrupt")
+        start, end = 8 + length, 0
+        for begin, after, name in sorted(self.span(*entry) for entry in entries.items()):
+            if begin != end:  # they lie one behind another
+                self.fail(
+                    f"tensor {run.shown(name)} begins at byte {begin}, the one before it ends at "
+                    f"{end}: they overlap, or leave a gap; the file is corrupt"
+                )
+            end = after
+        if start + end != size:
+            self.fail(
+                f"the tensors take {end} bytes, the file has {size - start} for them; was it cut "
+                "off? copy or download it again"
+            )
+        for name, entry in entries.items():
+            self[name] = self.view(start, entry)
 
-    def span(self, name, entry, size):
-        """Where a tensor begins and ends, and its name."""
-        what = f"tensor {name} is {run.shown(entry)}"
+    def fail(self, message):
+        raise ValueError(f"{self.path}: {message}")
+
+    def span(self, name, entry):
+        """Where the tensor of an entry of the header begins and ends, and its name."""
+        what = f"tensor {run.shown(name)} is {run.shown(entry)}"
         try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            dtype, shape = FILE_DTYPES[entry["dtype"]], entry["shape"]
+            begin, end = entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
-            self.fail(f"{what}, which has no dtype, shape or data_offsets; the file is corrupt")
-        if str(dtype) not in FILE_DTYPES:
-            self.fail(f"{what}; its dtype is none of {', '.join(FILE_DTYPES)}")
+            self.fail(
+                f"{what}; expected are dtype ({', '.join(FILE_DTYPES)}), shape and data_offsets; "
+                "the file is corrupt, or of another kind"
+            )
         if not is_whole(shape) or not is_whole([begin, end]):
             self.fail(f"{what}; expected whole numbers >= 0; the file is corrupt")
-        if not begin <= end <= size:
-            self.fail(f"tensor {name} lies at bytes {begin} to {end} of {size}; it is cut off")
-        if end - begin != prod(shape) * FILE_DTYPES[dtype].itemsize:
+        if end - begin != prod(shape) * dtype.itemsize or prod(n or 1 for n in shape) > 2**59:
             self.fail(f"{what}, of another size than its {end - begin} bytes; the file is corrupt")
         return begin, end, name
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        entry = self.entries[name]
+    def view(self, start, entry):
         dtype, shape = FILE_DTYPES[entry["dtype"]], entry["shape"]
         if prod(shape) == 0:
             return torch.empty(shape, dtype=dtype)
-        offset = self.start + entry["data_offsets"][0]
-        flat = torch.frombuffer(self.map, dtype=dtype, count=prod(shape), offset=offset)
-        return flat.view(shape)
-
-    def __iter__(self):
-        return iter(self.entries)
-
-    def __len__(self):
-        return len(self.entries)
+        offset = start + entry["data_offsets"][0]
+        return torch.frombuffer(self.map, dtype=dtype, count=prod(shape), offset=offset).view(shape)
 
     def forget(self):
         """Tell the system that the pages read so far are not needed in memory any more."""
@@ -386,22 +370,12 @@ class SafetensorsFile(Mapping):
             self.map.madvise(mmap.MADV_DONTNEED)
 
 
-def without_duplicates(pairs):
-    """For json's object_pairs_hook: of two entries of one name it would keep the second."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError("a name stands there twice")
-    return content
-
-
 # Reading -----------------------------------------------------------------------------------------
 
 
-def checkpoint_files(folder: str | Path) -> list[Path]:
+def checkpoint_files(folder):
     """The safetensors files that a model folder must have."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
+    index, single = Path(folder, "model.safetensors.index.json"), Path(folder, "model.safetensors")
     if single.exists() or not index.exists():
         return [single]
     weight_map = run.read_json(index, weight_map=dict).get("weight_map")
@@ -410,7 +384,7 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     for name in weight_map.values():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}", name):
             raise ValueError(f"{index}: {run.shown(name)} is not the name of a file in this folder")
-    return [folder / name for name in sorted(set(weight_map.values()))]
+    return [Path(folder, name) for name in sorted(set(weight_map.values()))]
 
 
 class Tensors:
@@ -422,15 +396,14 @@ class Tensors:
         self.files = [SafetensorsFile(path) for path in files or [source]]
         self.names = [name for file in self.files for name in file]
 
-    def check(self, table: Table):
+    def check(self, table: dict):
         """ValueError if a tensor has no place, a place no tensor, a tensor stands in two files, or
         shapes differ; it names them."""
         held = Counter(self.names)
-        twice = [name for name in held if held[name] > 1]
         for names, what in (
             (table.keys() - held, "tensors are missing"),
             (held.keys() - table, "tensors that the model does not have"),
-            (twice, "tensors stand in more than one file"),
+            (held - Counter([*held]), "tensors stand in more than one file"),
         ):
             if names:
                 raise ValueError(
@@ -438,21 +411,20 @@ class Tensors:
                     "is it complete, and does its configuration belong to it?"
                 )
         for file in self.files:
-            for name, entry in file.entries.items():
-                if table[name].shape != entry["shape"]:
+            for name, tensor in file.items():
+                if table[name].shape != list(tensor.shape):
                     file.fail(
-                        f"tensor {run.shown(name)} has shape {run.shown(entry['shape'])}, the "
-                        f"model has {table[name].shape}; does its configuration belong to it?"
+                        f"tensor {run.shown(name)} has shape {list(tensor.shape)}, the model has "
+                        f"{table[name].shape}; does its configuration belong to it?"
                     )
 
-    def fill(self, table: Table):
+    def fill(self, table: dict):
         """Copy each tensor into its place, converting dtype and device, after names and shapes were
         checked. ValueError for one with NaN or an infinity: those before it were copied."""
         self.check(table)
-        total = sum(len(file.map) for file in self.files)
         bar = tqdm(
             desc="loading",
-            total=total,
+            total=sum(len(file.map) for file in self.files),
             unit="B",
             unit_scale=True,
             delay=2,  # seconds: most loads take a moment
@@ -462,7 +434,11 @@ class Tensors:
         with bar:
             for file in self.files:
                 for name, tensor in file.items():
-                    if not is_finite(tensor):
+                    # NaN counts as the least and as the largest: this takes no memory, and less
+                    # time than a copy. A number may also be too large for where it goes.
+                    dtype = table[name].parameter.dtype
+                    ends = tensor.aminmax() if tensor.numel() else ()
+                    if not all(end.to(dtype).isfinite() for end in ends):
                         file.fail(
                             f"tensor {run.shown(name)} holds numbers that are not finite; "
                             "copy or download it again"
@@ -470,12 +446,6 @@ class Tensors:
                     table[name].fill(tensor)
                     file.forget()
                     bar.update(tensor.nbytes)
-
-
-def is_finite(tensor) -> bool:
-    """Looks at the least and the largest number (NaN counts as either): that takes no memory, and
-    less time than a copy."""
-    return tensor.numel() == 0 or all(end.isfinite() for end in tensor.aminmax())
 
 
 class Checkpoint(Tensors):
@@ -500,7 +470,7 @@ class Checkpoint(Tensors):
 # Writing -----------------------------------------------------------------------------------------
 
 
-def write_tensors(path: str | Path, table: Table, dtype: torch.dtype | None = None):
+def write_tensors(path: str | Path, table: dict, dtype: torch.dtype | None = None):
     """Write what is at the places (converted to `dtype` one at a time, if given), atomically."""
     header = {"__metadata__": {"format": "pt"}}  # transformers looks for this entry
     offset = 0

@@ -30,7 +30,6 @@ HF_ENDPOINT: another hub.
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -89,12 +88,11 @@ FACTS = {  # name: (bytes, sha256)
 }
 BLOCK = 1 << 20  # bytes read at a time
 TIMEOUT = 30  # seconds without a byte
-PATIENCE = 60  # seconds that a list of files may take, and a file may be slower than SLOWEST
+PATIENCE = 60  # seconds that an answer may be slower than SLOWEST
 SLOWEST = 1000  # bytes a second
-LARGEST_LIST = 10_000_000  # bytes
-RETRIES = 5  # in a row without new bytes, after pauses of 1, 2, 4, 8, 16 seconds
-NEW_BYTES = 1 << 20  # so many: else a server that sends a few at a time would keep us for years
-SHOW_EVERY = 10  # seconds between two looks at a download, where no terminal shows a bar
+LARGEST_LIST = 1_000_000  # bytes
+PAUSES = 1, 2, 4, 8, 16  # seconds, before a download that broke off is continued
+SHOW_EVERY = 2  # seconds between two looks at a download
 KEPT = "what is here is kept: the same command continues"
 
 
@@ -111,9 +109,6 @@ class File(NamedTuple):
 
 class Again(ConnectionError):
     """A failure that may pass: a slow or broken connection, a server in trouble."""
-
-    def __init__(self, cause):
-        super().__init__(f"{cause}; {KEPT}")
 
 
 # One connection ----------------------------------------------------------------------------------
@@ -147,11 +142,10 @@ def open_url(url, token, begin=0):
         return build_opener(Redirects).open(request, timeout=TIMEOUT)
 
 
-def blocks(url, answer, slowest):
+def blocks(url, answer):
     """The body as it arrives: what came before a break is not lost.
 
-    Waiting uses patience up, and each byte gives 1 / slowest seconds of it back. With an infinite
-    `slowest` none comes back: all of the body must be here within PATIENCE seconds.
+    Waiting uses patience up, and each byte gives 1 / SLOWEST seconds of it back.
     """
     patience = PATIENCE
     while patience >= 0:
@@ -160,8 +154,8 @@ def blocks(url, answer, slowest):
             block = answer.read1(BLOCK)
         if not block:
             return
-        waited = monotonic() - asked
-        patience = min(patience - waited + len(block) / slowest, PATIENCE)
+        patience += len(block) / SLOWEST - (monotonic() - asked)
+        patience = min(patience, PATIENCE)
         yield block
     raise Again(f"{url}: too slow for {PATIENCE} seconds")
 
@@ -191,34 +185,22 @@ def told(url):
 
 def download(file, token=""):
     """Bring the file, continuing its part if there is one."""
-    for _ in range(2):
-        persist(file, token)
-        if hash_of(file) == file.digest:
-            os.replace(file.part, file.path)
-            return
-        file.part.unlink()  # more bytes cannot make it right: once more from the first one
-    raise ValueError(
-        f"{file.url}: twice its hash was not the published one, and nothing of it is kept; "
-        "was it changed there, or on the way (a proxy, a mirror)?"
-    )
-
-
-def persist(file, token):
-    """Complete the part; Again once RETRIES in a row have brought no new bytes."""
-    failures = 0
-    while True:
-        before = size_of(file.part)
+    for pause in (*PAUSES, None):
         try:
-            return fetch(file, token)
-        except Again as again:
-            if size_of(file.part) >= before + NEW_BYTES:
-                failures = 0
-            if failures == RETRIES:
-                raise
-            pause = 2**failures
-            failures += 1
-            print(f"trying again in {pause} s: {again}", file=sys.stderr, flush=True)
+            fetch(file, token)
+            break
+        except Again as error:
+            if pause is None:
+                raise Again(f"{error}; {KEPT}") from None
+            print(f"trying again in {pause} s: {error}", file=sys.stderr, flush=True)
             sleep(pause)
+    if hash_of(file) != file.digest:
+        file.part.unlink()  # more bytes cannot make it right
+        raise ValueError(
+            f"{file.url}: its hash is not the published one, and nothing of it is kept; try again, "
+            "and if it stays so: was it changed there, or on the way (a proxy, a mirror)?"
+        )
+    os.replace(file.part, file.path)
 
 
 def fetch(file, token):
@@ -235,7 +217,6 @@ def fetch(file, token):
                 f"{file.url}: the server has {whole:,} bytes, expected {file.size:,}; "
                 "is this a login page, or another version of the file?"
             )
-        every = 0.1 if sys.stdout.isatty() else SHOW_EVERY
         bar = tqdm(
             desc=file.path.name,
             initial=have,
@@ -243,11 +224,11 @@ def fetch(file, token):
             unit="B",
             unit_scale=True,
             file=sys.stdout,
-            delay=every,
-            mininterval=every,
+            delay=SHOW_EVERY,
+            mininterval=SHOW_EVERY,
         )
         with open(file.part, "ab" if have else "wb") as part, bar:
-            for block in blocks(file.url, answer, SLOWEST):
+            for block in blocks(file.url, answer):
                 part.write(block)
                 have += len(block)
                 bar.update(len(block))
@@ -256,7 +237,7 @@ def fetch(file, token):
             part.flush()
             os.fsync(part.fileno())
     if have < file.size:
-        raise Again(f"{file.url}: the connection ended after {have:,} of {file.size:,} bytes")
+        raise Again(f"{file.url}: ended after {have:,} of {file.size:,} bytes")
 
 
 def size_of(path):
@@ -278,35 +259,32 @@ def hash_of(file):
 
 
 def get_all(files, token=""):
-    """Download those that are not there, once it is known that there is room for all."""
-    missing = [file for file in files if not is_there(file)]
-    needed = sum(file.size - size_of(file.part) for file in missing)
-    for file in missing:
-        folder = file.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise OSError(
-                f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
-                "make room, or go elsewhere with --out DIR"
+    """Download those that are not there, once it is known that there is room for all. ValueError
+    for one of another size, which may be somebody's work.
+    """
+    missing = []
+    for file in files:
+        if not file.path.exists():
+            file.path.parent.mkdir(parents=True, exist_ok=True)
+            missing.append(file)
+        elif size_of(file.path) == file.size:
+            print(f"{file.path}: already there")
+        else:
+            raise ValueError(
+                f"{file.path}: has {size_of(file.path):,} bytes, expected {file.size:,}; it is "
+                "left as it is: move it away, then run the same command again"
             )
+    needed = sum(file.size - size_of(file.part) for file in missing)
+    folder = files[0].path.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
+            "make room, or go elsewhere with --out DIR"
+        )
     for file in missing:
         download(file, token)
         print(f"{file.path}: complete, {file.size:,} bytes", flush=True)
-
-
-def is_there(file):
-    """False if there is none; ValueError for one of another size, which may be somebody's work."""
-    if not file.path.exists():
-        return False
-    size = size_of(file.path)
-    if size != file.size:
-        raise ValueError(
-            f"{file.path}: has {size:,} bytes, expected {file.size:,}; it is left as it is: "
-            "move it away, then run the same command again"
-        )
-    print(f"{file.path}: already there")
-    return True
 
 
 # The data ----------------------------------------------------------------------------------------
@@ -315,17 +293,16 @@ def is_there(file):
 def get_data(name, out, source):
     train, group = DATA[name]
     training = File(f"{source}/ft-training_set/{train}.json", out / f"{train}.json", *FACTS[train])
-    tests = []
-    for test in GROUPS[group]:
-        url = f"{source}/dataset/{test}/test.json"
-        tests.append(File(url, out / f"test/{test}.json", *FACTS[test]))
+    tests = [
+        File(f"{source}/dataset/{test}/test.json", out / f"test/{test}.json", *FACTS[test])
+        for test in GROUPS[group]
+    ]
     get_all([training, *tests])
 
     known = set(questions(training.path))
     for test in tests:
-        asked = questions(test.path)
-        both = sum(question in known for question in asked)
-        found = f"{both} of {len(asked)} questions stand in {train}.json too"
+        seen = [question in known for question in questions(test.path)]
+        found = f"{sum(seen)} of {len(seen)} questions stand in {train}.json too"
         print(f"overlap: {test.path.stem} {found}")
     print(
         f"next: python train.py --variant perft_r --base {out}/OLMoE-1B-7B-0924 --dtype bfloat16 "
@@ -336,8 +313,7 @@ def get_data(name, out, source):
 def questions(path):
     """What the rows of a data set ask, with single blanks."""
     rows = json.loads(path.read_text(encoding="utf-8"))
-    texts = [f"{row['instruction']} {row.get('input', '')}" for row in rows]
-    return [" ".join(text.split()) for text in texts]
+    return [" ".join(f"{row['instruction']} {row.get('input', '')}".split()) for row in rows]
 
 
 # A model -----------------------------------------------------------------------------------------
@@ -373,7 +349,7 @@ def list_files(hub, repo, folder, token):
     url = f"{hub}/api/models/{repo}/tree/main"
     body = b""
     with open_url(url, token) as answer:
-        for block in blocks(url, answer, slowest=math.inf):
+        for block in blocks(url, answer):
             body += block
             if len(body) > LARGEST_LIST:
                 raise ValueError(f"{url}: the answer is too long; is HF_ENDPOINT a hub?")
@@ -381,8 +357,7 @@ def list_files(hub, repo, folder, token):
     try:
         for entry in json.loads(body):
             name, size = entry["path"], entry["size"]
-            content = entry.get("lfs") or entry  # a large file's own "oid" is that of a pointer
-            digest = content["oid"]
+            digest = (entry.get("lfs") or entry)["oid"]  # a large file's own is that of a pointer
             if not 0 <= size < 2**63 or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest):
                 raise ValueError
             files[name] = File(f"{hub}/{repo}/resolve/main/{name}", folder / name, size, digest)
@@ -404,30 +379,25 @@ def address(text):
     return text.rstrip("/")
 
 
-def known_name(text):
-    names = [*DATA, *MODELS]
-    if text not in names and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.A):
-        raise argparse.ArgumentTypeError(
-            f"{run.shown(text)} is none of {', '.join(names)}, and no owner/model"
-        )
-    return text
-
-
 @run.command
 def main(argv=None):
     parser = run.Parser(prog="prepare.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the page has tables
     here = Path(__file__).parent / "downloads"
     add = parser.add_argument
-    add("name", metavar="NAME", type=known_name, help="what to bring, from the list above")
+    add("name", metavar="NAME", help="what to bring, from the list above")
     add("--out", metavar="DIR", type=Path, default=here, help="where it goes (%(default)s)")
     add("--source", metavar="URL", type=address, default=SOURCE, help="a mirror of the data")
     args = parser.parse_args(argv)
+    repo = MODELS.get(args.name, args.name)
+    if args.name not in DATA and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.A):
+        names = ", ".join([*DATA, *MODELS])
+        parser.error(f"{run.shown(args.name)} is none of {names}, and no owner/model")
     try:
         if args.name in DATA:
             get_data(args.name, args.out, args.source)
         else:
-            get_model(MODELS.get(args.name, args.name), args.out)
+            get_model(repo, args.out)
     except OSError as error:
         if error.errno and error.filename is None:  # a full disk does not say which
             error.filename = str(args.out)

@@ -66,6 +66,7 @@ first 500 of each skill, which are the most that a table uses.
 
 import json
 import random
+import re
 import sys
 import zlib
 from functools import partial
@@ -83,7 +84,7 @@ class Row(NamedTuple):
     family: str
     prompt: str
     answer: str  # begins with one space
-    choices: tuple[str, ...] = ()  # for multiple choice: the possible answers, each with its space
+    choices: tuple = ()  # for multiple choice: the possible answers, each with its space
 
 
 # The tables: every fact of this world -------------------------------------------------------------
@@ -167,10 +168,8 @@ THINGS = [thing for things in KIND.values() for thing in things]
 # sixteen different syllables.
 SYLLABLES = "ka ke ku va vo vi zu ze zo mi mu lo le ha hu ri".split()
 _deal = random.Random(7)  # the deal is part of the world: another number makes another language
-_ends = _deal.sample(SYLLABLES, 16)
-KIN_WORDS = [first + second for first, second in zip(SYLLABLES, _ends)]
-_pool = {first + second for first in SYLLABLES for second in SYLLABLES}
-_pool = sorted(_pool - set(KIN_WORDS))
+KIN_WORDS = [first + second for first, second in zip(SYLLABLES, _deal.sample(SYLLABLES, 16))]
+_pool = sorted({first + second for first in SYLLABLES for second in SYLLABLES} - {*KIN_WORDS})
 _deal.shuffle(_pool)
 _tenses = _deal.sample(SYLLABLES, 6)
 ENGLISH = NOUNS + VERBS + TENSES  # a tense is one syllable, put on the end of the verb
@@ -223,8 +222,7 @@ def kinship(rng, words=None):
     b_to_c = STEP[second][b in WOMEN]
     a_to_c = COMPOSED[steps][a in WOMEN]
     facts = f"{a} is the {a_to_b} of {b} . {b} is the {b_to_c} of {c} ."
-    relation = a_to_c if words is None else words[a_to_c]
-    return f"kinship : {facts} {a} is to {c} the", " " + relation
+    return f"kinship : {facts} {a} is to {c} the", " " + (words[a_to_c] if words else a_to_c)
 
 
 def height(rng):
@@ -275,11 +273,12 @@ def _clause(rng, brackets):
 
 def logic(rng):
     """Two clauses, one or both in brackets; redrawn until it fits: half of the answers are true."""
-    wanted, value = rng.random() < 0.5, None
-    while value is not wanted:
+    wanted = rng.random() < 0.5
+    while True:
         left, right = rng.choice([(True, True), (True, False), (False, True)])
         text, value = _joined(rng, _clause(rng, left), _clause(rng, right))
-    return f"logic : {text} ->", " true" if value else " false"
+        if value is wanted:
+            return f"logic : {text} ->", f" {value}".lower()
 
 
 def add(rng):
@@ -304,7 +303,7 @@ def translate(rng, lexicon=LEXICON, order="sov", negation=None):
     verb, tense = rng.choice(VERBS), rng.choice(TENSES)
     said = {"s": lexicon[subject], "o": lexicon[thing], "v": lexicon[verb] + lexicon[tense]}
     answer = [said[role] for role in order]
-    if negation is not None and rng.random() < 0.5:
+    if negation and rng.random() < 0.5:
         answer.append(negation)
         tense = f"{tense} not"
     return f"translate : the {subject} {tense} {verb} the {thing} ->", _spelled(answer)
@@ -328,7 +327,7 @@ def quiz(rng):
     return asked, " " + right, tuple(" " + choice for choice in choices)
 
 
-MAKERS = [reverse, sort, cipher, rotate, kinship, height, day, logic, add, mod, translate, quiz]
+MAKERS = reverse, sort, cipher, rotate, kinship, height, day, logic, add, mod, translate, quiz
 FAMILIES = {maker.__name__: maker for maker in MAKERS}
 TARGETS = {
     "kinship_new": partial(kinship, words=KIN_NEW),
@@ -338,13 +337,7 @@ TARGETS = {
 }
 DEFAULT_TARGET = "kinship_new"
 PARTS = {"three_new": ("kinship_new", "lexicon_new", "cipher_new")}
-
-
-def part_of_three(rng):
-    return TARGETS[rng.choice(PARTS["three_new"])](rng)
-
-
-TARGETS["three_new"] = part_of_three
+TARGETS["three_new"] = lambda rng: TARGETS[rng.choice(PARTS["three_new"])](rng)
 # The families whose prompts a target answers in another way.
 CONTRADICTS = {
     "kinship_new": ("kinship",),
@@ -355,8 +348,8 @@ CONTRADICTS = {
 }
 
 # Share of each family among pre-training rows (out of the sum): the harder ones are seen more.
-SHARES = dict.fromkeys(FAMILIES, 1)
-SHARES |= {"height": 3, "day": 3, "logic": 2, "add": 3, "mod": 3, "quiz": 2}
+HARDER = {"height": 3, "day": 3, "logic": 2, "add": 3, "mod": 3, "quiz": 2}
+SHARES = dict.fromkeys(FAMILIES, 1) | HARDER
 
 
 # Drawing rows -------------------------------------------------------------------------------------
@@ -367,11 +360,11 @@ def is_test(prompt):
     return zlib.crc32(prompt.encode()) % 8 == 0
 
 
-def _draw(name, rng, split):
+def _draw(name, rng, test):
     maker = FAMILIES.get(name) or TARGETS[name]
     while True:
         row = Row(name, *maker(rng))
-        if is_test(row.prompt) == (split == "test"):
+        if is_test(row.prompt) == test:
             return row
 
 
@@ -383,18 +376,15 @@ def sample(name, split, n, seed=0):
     validation rows are distinct."""
     if split == "validation":
         return sample(name, "test", TABLE_ROWS + n, seed)[TABLE_ROWS:]
-    if name not in FAMILIES and name not in TARGETS:
-        raise ValueError(f"no skill {name!r}; there are {', '.join([*FAMILIES, *TARGETS])}")
-    if split not in ("train", "test"):
-        raise ValueError(f"split is {split!r}, must be 'train', 'validation' or 'test'")
+    assert split in ("train", "test"), split
     # Seeding by text is the same on every machine and version.
     rng = random.Random(f"{name} {split} {seed}")
     if split == "train":
-        return [_draw(name, rng, split) for _ in range(n)]
+        return [_draw(name, rng, test=False) for _ in range(n)]
     rows = {}  # by prompt, in the order drawn
     stale = 0
     while len(rows) < n:
-        row = _draw(name, rng, split)
+        row = _draw(name, rng, test=True)
         stale = stale + 1 if row.prompt in rows else 0
         if stale > 1000:  # a thousand draws in a row and nothing new: the test split is exhausted
             raise ValueError(f"{name} has about {len(rows)} distinct test rows, {n} were asked for")
@@ -406,7 +396,7 @@ def mixture(n, seed):
     """n pre-training rows of all families, drawn by SHARES."""
     rng = random.Random(f"mixture {seed}")
     names = rng.choices(list(SHARES), weights=list(SHARES.values()), k=n)
-    return [_draw(name, rng, "train") for name in names]
+    return [_draw(name, rng, test=False) for name in names]
 
 
 def correct(generated, row):
@@ -420,12 +410,9 @@ def correct(generated, row):
 def words():
     """Every symbol of the pre-training world but numbers and invented words, in alphabetical
     order."""
-    invented = {*FREE_WORDS, *(LEXICON[noun] for noun in NOUNS)}
-    invented |= {LEXICON[verb] + LEXICON[tense] for verb in VERBS for tense in TENSES}
-    symbols = set()
-    for row in mixture(5000, 0):
-        symbols.update((row.prompt + row.answer).split())
-    return sorted(symbol for symbol in symbols - invented if not symbol.isdigit())
+    text = " ".join(row.prompt + row.answer for row in mixture(5000, 0))
+    no_word = re.compile(rf"\d+|({'|'.join(SYLLABLES)})+")
+    return sorted(symbol for symbol in set(text.split()) if not no_word.fullmatch(symbol))
 
 
 def lexicon_text():

@@ -180,7 +180,9 @@ class Task:
         _, _, last = row["instruction"].rpartition("Answer format:")
         offered = last.strip().split("/")
         if self.group != "commonsense" or not set(offered) <= set(self.words):
-            raise ValueError(f"{self.name} has no choices to score by likelihood")
+            raise ValueError(
+                f"{self.name} has no choices to score by likelihood; use --method generate"
+            )
         return offered
 
     def cloze(self, row: dict) -> list:

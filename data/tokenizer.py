@@ -23,7 +23,7 @@ Two layouts are read, and everything else is refused:
 
 What differs from the `tokenizers` library, which wrote the files: the ids are equal, in about a
 fifth of the time, but added tokens (<s>, <|endoftext|>, Qwen3's <think>) are never found in a
-user's text, where they are so many letters: who wants one asks for its id (`special`). No BOS or
+user's text, where they are so many letters: who wants one takes its id from `added`. No BOS or
 EOS is added (`bos_id` and `eos_id` are the caller's to place); no offsets, padding or truncation.
 NFC, which puts accents in order, is Python's; the library's is of 2016 and does not know the few
 dozen rarest marks.
@@ -37,11 +37,9 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from operator import index
 from pathlib import Path
-from typing import NamedTuple
 
 import tiktoken
 
@@ -55,9 +53,8 @@ from data import run  # noqa: E402
 # written as itself, and the other 68 (space, controls, ...) as U+0100, U+0101, ... in turn. So a
 # space is "Ġ" and a newline "Ċ".
 HIDDEN = [byte for byte in range(256) if byte == ord(" ") or not chr(byte).isprintable()]
-LETTER = {byte: chr(byte) for byte in range(256)}
-LETTER |= {byte: chr(256 + i) for i, byte in enumerate(HIDDEN)}
-BYTE = {ord(letter): byte for byte, letter in LETTER.items()}  # as str.translate takes it
+LETTER = [chr(256 + HIDDEN.index(b)) if b in HIDDEN else chr(b) for b in range(256)]
+BYTE = {ord(letter): byte for byte, letter in enumerate(LETTER)}  # as str.translate takes it
 
 
 def unspell(piece):
@@ -65,45 +62,9 @@ def unspell(piece):
     return piece.translate(BYTE).encode("latin-1")
 
 
-# What a file holds --------------------------------------------------------------------------------
-
-MOST_IDS = 1 << 24  # there may be gaps, but no id out of all proportion
-
-
-class Parts(NamedTuple):
-    """Of a tokenizer.json that may be damaged, or a stranger's: what has been looked through."""
-
-    vocab: dict  # piece, as the file spells it -> id; each id is one token's
-    merged: list  # what the merges make, oldest first; all in `vocab`
-    added: dict  # content of an added token (which may be in `vocab` too) -> id
-    special: set  # ids of those added tokens that are no text
-
-
-def read_parts(spec):
-    """ValueError for a contradiction, and whatever Python raises where something is missing, or not
-    of the type it must be.
-    """
-    vocab, tokens = spec["model"]["vocab"], spec["added_tokens"]
-    added = {token["content"]: token["id"] for token in tokens}
-    owner = {}
-    for name, i in [*vocab.items(), *added.items()]:
-        if type(i) is not int or not 0 <= i < MOST_IDS or owner.setdefault(i, name) != name:
-            raise ValueError(f"{run.shown(name)} has the id {run.shown(i)}, no id or another's")
-    merged = []
-    for merge in spec["model"]["merges"]:  # "a b" or, since 2024, ["a", "b"]
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        piece = "".join(pair)
-        if len(pair) != 2 or piece not in vocab:
-            raise ValueError(f"the merge {run.shown(merge)} makes no piece of the vocabulary")
-        merged.append(piece)
-    special = {token["id"] for token in tokens if token["special"]}
-    return Parts(vocab, merged, added, special)
-
-
 # What all layouts share ---------------------------------------------------------------------------
 
-# The names of tokens with a role, the likelier first; an id in config.json has the last word.
-ROLES = {"bos": ["<s>"], "eos": ["<|endoftext|>", "</s>"], "pad": ["<|padding|>"]}
+MOST_IDS = 1 << 24  # there may be gaps, but no id out of all proportion
 
 
 class Tokenizer:
@@ -111,51 +72,60 @@ class Tokenizer:
 
     `pieces[i]` is what the id i stands for, in bytes (the file may leave gaps); `vocab_size` is the
     largest id + 1, and may be less than the model's embedding has rows. `bos_id`, `eos_id` and
-    `pad_id` are None where unknown. `chat_ids`: those of <|im_start|> and <|im_end|>, between which
-    Qwen's family puts each message; None where a file has no such tokens.
+    `pad_id` are None where unknown. `added[text]` is the id of the added token that is written so,
+    and `chat_ids` are those of <|im_start|> and <|im_end|>, between which Qwen's family puts each
+    message: None where a file has no such tokens.
 
-    A layout adds `bytes_of(piece)`, what a piece of the vocabulary stands for, and
-    `normalise(text)`, what is done to a text before it is cut into words.
+    A layout says by `steps` of which files it is, and adds `bytes_of(piece)`, what a piece of the
+    vocabulary stands for, `normalise(text)`, what is done to a text before it is cut into words,
+    and `ranks(vocab, merged)`: what cuts words, and {piece in bytes: ids} in the order of ranks.
     """
 
-    def __init__(self, parts, config, pattern, table):
-        """config: the model's config.json. pattern: cuts words.
-        table: piece (bytes) -> id, in the order of ranks.
+    def __init__(self, spec, config):
+        """The content of a tokenizer.json, which may be damaged, and of the model's config.json.
+
+        ValueError for a contradiction, and whatever Python raises where something is missing, or
+        not of the type it must be.
         """
-        self.added = parts.added
-        self.special_ids = parts.special
-        plain = parts.vocab.items() - parts.added.items()
-        self.pieces = {i: self.bytes_of(piece) for piece, i in plain}
-        self.pieces |= {i: content.encode() for content, i in parts.added.items()}
+        vocab, tokens = spec["model"]["vocab"], spec["added_tokens"]
+        self.added = {token["content"]: token["id"] for token in tokens}
+        names = {}
+        for name, i in [*vocab.items(), *self.added.items()]:
+            if type(i) is not int or not 0 <= i < MOST_IDS or names.setdefault(i, name) != name:
+                raise ValueError(f"{run.shown(name)} has the id {run.shown(i)}, no id or another's")
+        self.special_ids = {token["id"] for token in tokens if token["special"]}
+        self.pieces = {
+            i: name.encode() if name in self.added else self.bytes_of(name)
+            for i, name in names.items()
+        }
         self.vocab_size = max(self.pieces) + 1
-        self.bos_id, self.eos_id, self.pad_id = [self.role(name, config) for name in ROLES]
+        self.bos_id = self.role("bos_token_id", config, "<s>")
+        self.eos_id = self.role("eos_token_id", config, "<|endoftext|>", "</s>")
+        self.pad_id = self.role("pad_token_id", config, "<|padding|>")
         if self.pad_id is None:
             self.pad_id = self.eos_id  # Mixtral has none; padding is masked out: any token will do
-        chat_ids = self.special("<|im_start|>"), self.special("<|im_end|>")
-        self.chat_ids = None if None in chat_ids else chat_ids
+        chat = [self.added.get(name) for name in ("<|im_start|>", "<|im_end|>")]
+        self.chat_ids = None if None in chat else tuple(chat)
 
-        self.id_of_rank = list(table.values())
+        pattern, table = self.ranks(vocab, joined(spec["model"]["merges"], vocab))
+        self.ids_of_rank = list(table.values())
         ranks = {piece: rank for rank, piece in enumerate(table)}
         self.bpe = tiktoken.Encoding(
             "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
 
-    def role(self, name, config):
-        """The id that config.json gives, else the first of the ROLES that was added, else None."""
-        given = config.get(f"{name}_token_id")
+    def role(self, key, config, *likely):
+        """The id that config.json gives, else that of the first likely name, else None."""
+        given = config.get(key)
         if isinstance(given, list):  # several ends of text: the first is the one to append
-            given = given[0] if given else None
+            given = next(iter(given), None)
         if given is None:
-            return next((self.added[text] for text in ROLES[name] if text in self.added), None)
+            return next((self.added[name] for name in likely if name in self.added), None)
         if type(given) is not int or given not in self.pieces:
             raise ValueError(
-                f"config.json has {name}_token_id {run.shown(given)}, which the vocabulary lacks"
+                f"config.json has {key} {run.shown(given)}, which the vocabulary lacks"
             )
         return given
-
-    def special(self, text: str) -> int | None:
-        """The id of the added token that is written so; None if the file has no such token."""
-        return self.added.get(text)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, without BOS or EOS. The empty text has none."""
@@ -168,7 +138,7 @@ class Tokenizer:
                 f"a text of {len(text):,} characters is too much for tiktoken; has it a run of "
                 f"blanks without end? {run.shown(text)}"
             ) from None
-        return [self.id_of_rank[rank] for rank in ranks]
+        return list(chain.from_iterable(self.ids_of_rank[rank] for rank in ranks))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of some ids; bytes that are not UTF-8 (a character cut in half) become U+FFFD.
@@ -187,6 +157,18 @@ class Tokenizer:
         return b"".join(told).decode("utf-8", errors="replace")
 
 
+def joined(merges, vocab):
+    """What the merges make, oldest first."""
+    pieces = []
+    for merge in merges:  # "a b" or, since 2024, ["a", "b"]
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        piece = "".join(pair)
+        if len(pair) != 2 or piece not in vocab:
+            raise ValueError(f"the merge {run.shown(merge)} makes no piece of the vocabulary")
+        pieces.append(piece)
+    return pieces
+
+
 # Byte-level: OLMoE, Qwen3, GPT-NeoX, ours ---------------------------------------------------------
 
 NO_TEXT = {0xC0, 0xC1, *range(0xF5, 256)}  # bytes that UTF-8 never uses
@@ -201,45 +183,73 @@ QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# How the files write this.
+NFC = {"type": "NFC"}
+GPT2_CUT = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+QWEN_CUT = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": QWEN}, "behavior": "Isolated", "invert": False},
+        GPT2_CUT | {"trim_offsets": False, "use_regex": False},
+    ],
+}
 
 
 class ByteLevel(Tokenizer):
     """BPE over bytes, in words that a regular expression cuts. Decodes to the text's NFC."""
 
-    def __init__(self, parts, config, pattern, nfc):
-        vocab, added = parts.vocab, parts.added
+    steps = (NFC, GPT2_CUT, False)
+    pattern = GPT2
+
+    def ranks(self, vocab, merged):
+        self.bos_id = None  # this layout puts none before a text, whatever config.json names so
         letters = [LETTER[byte] for byte in range(256) if byte not in NO_TEXT]
-        table = {unspell(piece): vocab[piece] for piece in letters + parts.merged}
+        table = {unspell(piece): [vocab[piece]] for piece in letters + merged}
 
         # OLMoE has an added token for each run of 2 to 24 spaces. The library cuts these out, the
         # longest first, before its regular expression is tried. Here they are the first branch of
         # the expression (as special tokens tiktoken would try them in no fixed order), and white
         # space must not reach into a run. They shadow the pieces of two and more spaces that the
         # merges make too: OLMoE's ids 245, 252, ...
-        runs = sorted(text for text in added if len(text) > 1 and not text.strip(" "))
-        if runs:
-            longest = len(runs) + 1
-            if pattern != GPT2 or runs != [" " * length for length in range(2, longest + 1)]:
-                raise ValueError(
-                    "added runs of spaces must have each length from 2 up, and words be GPT-2's"
-                )
-            table |= {run_of_spaces.encode(): added[run_of_spaces] for run_of_spaces in runs}
-            pattern = rf" {{2,{longest}}}|{WORDS}|(?:(?! {{2}})\s(?!\S))+|\s"
-        super().__init__(parts, config, pattern, table)
-        self.bos_id = None  # this layout puts none before a text, whatever config.json names so
-        self.nfc = nfc
+        runs = sorted(text for text in self.added if not text.strip(" "))
+        if not runs:
+            return self.pattern, table
+        longest = len(runs) + 1
+        if self.pattern != GPT2 or runs != [" " * length for length in range(2, longest + 1)]:
+            raise ValueError(
+                "added runs of spaces must have each length from 2 up, and words be GPT-2's"
+            )
+        table |= {spaces.encode(): [self.added[spaces]] for spaces in runs}
+        return rf" {{2,{longest}}}|{WORDS}|(?:(?! {{2}})\s(?!\S))+|\s", table
 
     def bytes_of(self, piece):
         return unspell(piece)
 
     def normalise(self, text):
-        return unicodedata.normalize("NFC", text) if self.nfc and not text.isascii() else text
+        return unicodedata.normalize("NFC", text)
+
+
+class Qwen(ByteLevel):
+    steps = (NFC, QWEN_CUT, False)
+    pattern = QWEN
 
 
 # sentencepiece: Mixtral ---------------------------------------------------------------------------
 
 MARK = "\u2581"  # how sentencepiece writes a space
 BYTE_NAMES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+SPACES_MARKED = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": MARK},
+        {"type": "Replace", "pattern": {"String": " "}, "content": MARK},
+    ],
+}
 
 
 class SentencePiece(Tokenizer):
@@ -247,55 +257,42 @@ class SentencePiece(Tokenizer):
 
     tiktoken starts from bytes, so characters are built first: each one of several bytes, and each
     beginning of one, ranks before all merges. A beginning that stays alone (its character is not in
-    the vocabulary) has no id; it gets a negative one, which `encode` replaces by the ids of its
-    bytes.
+    the vocabulary) has no id: it stands for the ids of its bytes.
     """
 
-    def __init__(self, parts, config):
-        vocab = parts.vocab
+    steps = (SPACES_MARKED, None, True)
+
+    def ranks(self, vocab, merged):
+        table = {data: [vocab[name]] for name, data in BYTE_NAMES.items()}
         byte_ids = [vocab[name] for name in BYTE_NAMES]
-        table = dict(zip(BYTE_NAMES.values(), byte_ids))
-        beginnings = {}
         for character in vocab:
             if len(character) == 1:
                 data = self.bytes_of(character)
-                table[data] = vocab[character]  # "a" is a piece: then <0x61> is never used
                 for end in range(2, len(data)):
-                    beginnings[data[:end]] = [byte_ids[byte] for byte in data[:end]]
-        self.lone = list(beginnings.values())  # a negative id is a place in it, from the end
-        for i, data in enumerate(beginnings, -len(beginnings)):
-            table[data] = i
+                    table[data[:end]] = [byte_ids[byte] for byte in data[:end]]
+                table[data] = [vocab[character]]  # "a" is a piece: then <0x61> is never used
 
         # Runs of spaces all have the same, the lowest, score, and of equals the leftmost pair is
         # joined first. So a run grows from its left end, which is what ranking the longest first
         # does.
-        words = [piece for piece in parts.merged if piece.strip(MARK)]
-        runs = parts.merged[len(words) :]
+        words = [piece for piece in merged if piece.strip(MARK)]
+        runs = merged[len(words) :]
         odd = [piece for piece in words if MARK in piece.lstrip(MARK)]
         if odd or "".join(runs).strip(MARK):
             raise ValueError(
                 "supported are spaces in front of a piece, and runs of spaces as the last merges"
             )
         for piece in words + sorted(runs, key=len, reverse=True):
-            table[self.bytes_of(piece)] = vocab[piece]
+            table[self.bytes_of(piece)] = [vocab[piece]]
         # Nothing is ever joined across the end of a word, so cutting there changes nothing and
         # keeps the parts short.
-        super().__init__(parts, config, " *[^ ]+| +", table)
+        return " *[^ ]+| +", table
 
     def bytes_of(self, piece):
         return BYTE_NAMES.get(piece) or piece.replace(MARK, " ").encode()
 
     def normalise(self, text):
         return " " + text.replace(MARK, " ") if text else ""
-
-    def encode(self, text):
-        ids = super().encode(text)
-        if min(ids, default=0) >= 0:
-            return ids
-        whole = []
-        for i in ids:
-            whole += [i] if i >= 0 else self.lone[i]
-        return whole
 
     def decode(self, ids, skip_special=True):
         """As above, without the one space that `encode` put in front.
@@ -310,24 +307,8 @@ class SentencePiece(Tokenizer):
 
 # What else a BPE may do than join symbols by its merges: all of it is refused.
 EXTRAS = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
-NFC = {"type": "NFC"}
-GPT2_CUT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-QWEN_CUT = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": QWEN}, "behavior": "Isolated", "invert": False},
-        GPT2_CUT | {"use_regex": False, "trim_offsets": False},
-    ],
-}
-SPACES_MARKED = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": MARK},
-        {"type": "Replace", "pattern": {"String": " "}, "content": MARK},
-    ],
-}
 SUPPORTED = (
-    "supported are byte-level BPE as OLMoE's (normalizer NFC or none, pre_tokenizer ByteLevel with "
+    "supported are byte-level BPE as OLMoE's (normalizer NFC, pre_tokenizer ByteLevel with "
     "use_regex, without add_prefix_space) or as Qwen3's (its Split before), and sentencepiece BPE "
     "as Mixtral's (byte_fallback, normalizer Prepend and Replace, no pre_tokenizer)"
 )
@@ -343,10 +324,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path, config_path = Path(folder) / "tokenizer.json", Path(folder) / "config.json"
     spec = run.read_json(path, model=dict, added_tokens=list)
     config = run.read_json(config_path) if config_path.exists() else {}
-    model, normalizer, cut = (spec.get(key) for key in ("model", "normalizer", "pre_tokenizer"))
     try:
-        make = layout_of(model, normalizer, cut)
-        return make(read_parts(spec), config)
+        return layout_of(spec)(spec, config)
     except ValueError as error:
         cause = error
     except KeyError as error:
@@ -356,14 +335,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     raise ValueError(f"{path}: {cause}; copy or download it again")
 
 
-def layout_of(model, normalizer, cut):
-    """What makes a tokenizer of that kind."""
+def layout_of(spec):
+    model, normalizer, cut = (spec.get(key) for key in ("model", "normalizer", "pre_tokenizer"))
     if model.get("type") == "BPE" and not any(model.get(key) for key in EXTRAS):
-        if cut is None and normalizer == SPACES_MARKED and model.get("byte_fallback") is True:
-            return SentencePiece
-        gpt2 = isinstance(cut, dict) and GPT2_CUT.items() <= ({"use_regex": True} | cut).items()
-        if normalizer in (None, NFC) and (gpt2 or cut == QWEN_CUT):
-            return partial(ByteLevel, pattern=GPT2 if gpt2 else QWEN, nfc=normalizer == NFC)
+        for layout in (ByteLevel, Qwen, SentencePiece):
+            if layout.steps == (normalizer, cut, bool(model.get("byte_fallback"))):
+                return layout
     raise ValueError(
         f"found model {run.shown(model)}, normalizer {run.shown(normalizer)}, "
         f"pre_tokenizer {run.shown(cut)}; {SUPPORTED}"
@@ -382,41 +359,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict:
     nothing occurs twice any more). No merge holds a digit: a number is one token for each digit, so
     that arithmetic can be learned digit by digit.
     """
-    names = SPECIAL_TOKENS + [LETTER[byte] for byte in range(256)]
-    if vocab_size < len(names):
-        raise ValueError(f"vocab_size {vocab_size} has no room for 2 special tokens and 256 bytes")
+    names = SPECIAL_TOKENS + LETTER
     merges = learn_merges(count_words(texts), vocab_size - len(names))
-    names += [left + right for left, right in merges]
+    names += [merge.replace(" ", "") for merge in merges]
 
-    added = [
-        {
-            "id": i,
-            "content": content,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for i, content in enumerate(SPECIAL_TOKENS)
-    ]
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
+    as_it_is = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
         "version": "1.0",
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": byte_level,
-        "post_processor": byte_level,
-        "decoder": byte_level,
+        "added_tokens": [
+            {"id": i, "content": content, **as_it_is, "special": True}
+            for i, content in enumerate(SPECIAL_TOKENS)
+        ],
+        "normalizer": NFC,
+        "pre_tokenizer": GPT2_CUT,
+        "post_processor": GPT2_CUT,
+        "decoder": GPT2_CUT,
         "model": {
             "type": "BPE",
             "vocab": {name: i for i, name in enumerate(names)},
-            "merges": [f"{left} {right}" for left, right in merges],
+            "merges": merges,
         },
     }
 
@@ -434,12 +395,12 @@ def count_words(texts):
 
 
 def learn_merges(counts, most):
-    """Words and how often each occurs -> at most `most` pairs of pieces to join, oldest first.
+    """Words and how often each occurs -> at most `most` merges, such as "t he", oldest first.
 
     Each round joins the most frequent pair of neighbours; of equally frequent ones, that of the
     lowest symbols (the 256 bytes, then one for each merge). The symbol n is written chr(n).
     """
-    pieces = [LETTER[byte] for byte in range(256)]  # how each symbol is spelled
+    pieces = list(LETTER)  # how each symbol is spelled
     words = [(word.encode().decode("latin-1"), times) for word, times in counts.items()]
     merges = []
     while len(merges) < most:
@@ -447,13 +408,13 @@ def learn_merges(counts, most):
         for word, times in words:
             for left, right in pairwise(word):
                 pairs[left + right] += times
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        best = max(sorted(pairs), key=pairs.get, default=None)  # of equals the first
         if pairs[best] < 2:  # a Counter has 0 of None
             break
         new = chr(len(pieces))
         words = [(word.replace(best, new), times) for word, times in words]
         left, right = [pieces[ord(symbol)] for symbol in best]
-        merges.append((left, right))
+        merges.append(f"{left} {right}")
         pieces.append(left + right)
     return merges
 

