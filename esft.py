@@ -48,6 +48,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    from data import run  # before torch, so that Ctrl-C is one line while it is imported
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -56,25 +59,28 @@ from moe import (
     Combine,
     Dispatch,
     expert_counts,
-    experts_loop,
     grouped_mm,
     packed,
     sort_by_expert,
     weight_of_rows,
 )
 from perft import (
+    attach_file,
     check_experts,
     check_fingerprint,
+    config_of,
     fingerprint,
+    need_float32,
     refuse_second,
+    script,
+    settle,
     train_master,
+    write_folder,
 )
 
 CONFIG, WEIGHTS = "expert_cfg.json", "expert_weights.safetensors"
 SCORES, PICTURE = "scores.json", "scores.svg"
 Choice = list[list[int]]  # of each layer the ids of the chosen experts, best first
-# beginnings of the files that an exported model takes from its base
-BESIDE = ("tokenizer", "special_tokens_map", "added_tokens", "generation_config", "chat_template")
 
 
 class Usage(NamedTuple):
@@ -99,12 +105,11 @@ def collect(model, batches: Iterable) -> Usage:
         # the mask, since a caller may pad on the left; the logits are not needed
         output = model(input_ids, None if real.all() else mask, last_only=True)
         for i, routing in enumerate(output.routings):
-            selected = routing.selected_experts[real.flatten()]  # (tokens, K)
-            logits = routing.router_logits[real.flatten()]
-            s = F.softmax(logits, dim=-1, dtype=torch.float32)  # (tokens, E)
-            mass = s.gather(1, selected).double()
+            selected = routing.selected_experts  # (N, K)
+            s = F.softmax(routing.router_logits, dim=-1, dtype=torch.float32)  # (N, E)
+            mass = s.gather(1, selected) * real.reshape(-1, 1)
             counts[i] += expert_counts(routing, mask)
-            gate_sums[i].scatter_add_(0, selected.flatten(), mass.flatten())
+            gate_sums[i].scatter_add_(0, selected.flatten(), mass.double().flatten())
         n_tokens += int(real.sum())
     model.train(was_training)
     return Usage(counts.cpu(), gate_sums.cpu(), n_tokens)
@@ -170,7 +175,7 @@ def random_experts(chosen: Choice, num_experts: int, seed: int) -> Choice:
     return [rng.sample(range(num_experts), len(ids)) for ids in chosen]
 
 
-def warnings_for(scores: torch.Tensor, p: float) -> list[str]:
+def warnings_for(scores, p):
     """What a user should know before training with this choice."""
     short = [i for i, layer in enumerate(rounded(scores)) if round(sum(layer), 4) < p]
     text = f"the scores of layers {short} sum to less than p {p}: all their experts are chosen"
@@ -224,7 +229,6 @@ class ChosenExperts(nn.Module):
         # the masters, under the names that these matrices have in moe.Experts
         self.gate_up_proj = nn.Parameter(self.gate_up_bank.data[:n].to(torch.float32, copy=True))
         self.down_proj = nn.Parameter(self.down_bank.data[:n].to(torch.float32, copy=True))
-        self.path = experts.path
 
     def pairs(self):
         """(bank, masters) of both stacks."""
@@ -232,9 +236,6 @@ class ChosenExperts(nn.Module):
 
     def forward(self, x, routing):
         """x (N, D), Routing -> y (N, D)."""
-        if self.path == "loop":
-            weights = [self.by_id(bank, masters) for bank, masters in self.pairs()]
-            return experts_loop(x, routing, *weights)
         order = sort_by_expert(self.position[routing.selected_experts], len(self.down_bank))
         rows = Dispatch.apply(x, order)  # (R, D)
         gate_up = ChosenProduct.apply(rows, self.gate_up_bank, self.gate_up_proj, order.ends)
@@ -242,10 +243,6 @@ class ChosenExperts(nn.Module):
         hidden = F.silu(gate) * up * weight_of_rows(routing, order)
         rows = ChosenProduct.apply(hidden, self.down_bank, self.down_proj, order.ends)
         return Combine.apply(rows, order)
-
-    def by_id(self, bank, masters):
-        """The stack in the order of expert ids, with the masters' gradient: for experts_loop."""
-        return torch.cat((masters.to(bank.dtype), bank[len(masters) :]))[self.position]
 
     @torch.no_grad()
     def refresh(self):
@@ -297,34 +294,19 @@ def apply_esft(model, chosen: Choice, train_router=False, train_non_experts=Fals
     """
     refuse_second(model)
     check_experts(chosen, model.config)
-    dtype = model.norm.weight.dtype
-    if train_non_experts and dtype != torch.float32:
-        raise ValueError(
-            f"train_non_experts trains weights of the base, and {dtype} loses small steps; "
-            "load it in float32"
-        )
+    if train_non_experts:
+        need_float32(model, "train_non_experts")
     for name, p in model.named_parameters():
         p.requires_grad_(train_non_experts and ".experts." not in name)
     for block, ids in zip(model.layers, chosen):
-        router = block.moe.router.weight
         block.moe.experts = ChosenExperts(block.moe.experts, ids)
-        if router.device.type != "meta":  # else MoETransformer.allocate moves it
-            block.moe.experts.to(router.device)
         if train_router:
-            train_master(router)
+            train_master(block.moe.router.weight)
     model.register_forward_pre_hook(refresh)
-    model.adapter_config = EsftConfig(chosen, train_router, train_non_experts)
-    return model
+    return settle(model, EsftConfig(chosen, train_router, train_non_experts))
 
 
-def config_of(model) -> EsftConfig:
-    config = getattr(model, "adapter_config", None)
-    if not isinstance(config, EsftConfig):
-        raise ValueError("no experts of this model were chosen; call apply_esft or load first")
-    return config
-
-
-def describe_choice(chosen: Choice, usage: Usage) -> str:
+def describe_choice(chosen, usage):
     """A table: the chosen experts of each layer, and how much of the sample they carry."""
     lines = ["layer   choices  gate mass (of the layer's)  chosen, best first"]
     for i, ids in enumerate(chosen):
@@ -371,7 +353,7 @@ def read_choice(path: str | Path, base) -> EsftConfig:
     )
 
 
-def trained_places(model) -> dict:
+def trained_places(model):
     """Of a Hugging Face folder's tensors, those that train: name -> place."""
     from data import hub
 
@@ -386,9 +368,9 @@ def save(model, folder: str | Path):
     from data import hub, run
     from data import shard as processes
 
-    config = config_of(model)
+    config = config_of(model, EsftConfig)
     content = {
-        "experts": {str(i): ids for i, ids in enumerate(config.experts)},
+        "experts": dict(enumerate(config.experts)),
         "shared_experts": False,
         "non_expert_modules": config.train_non_experts,
         "router": config.train_router,
@@ -406,57 +388,30 @@ def load(model, folder: str | Path):
     ValueError, naming both sides, the model untouched, for another base, for tensors that are not
     those of the choice, and for numbers that are none.
     """
-    from data import hub, run
+    from data import run
 
     path = Path(folder) / CONFIG
-    refuse_second(model)
     check_fingerprint(run.read_json(path).get("base"), model.config, path)
     config = read_choice(path, model.config)
-    weights = hub.Tensors(f"{path} and {WEIGHTS}", [Path(folder) / WEIGHTS])
-    with torch.device("meta"):  # find every fault before the model is touched
-        trial = apply_esft(type(model)(model.config), *config)
-    weights.check(trained_places(trial))
-    refuse_nan(weights.files[0], model.norm.weight.dtype)
-    apply_esft(model, *config)
-    weights.fill(trained_places(model))
-    return model.eval()
+
+    def edit(base):
+        return apply_esft(base, *config)
+
+    return attach_file(model, Path(folder) / WEIGHTS, edit, trained_places)
 
 
-def refuse_nan(file, dtype):
-    """ValueError if a tensor of a file has numbers that are NaN or infinite in the dtype."""
-    for name, tensor in file.items():
-        if not tensor.to(dtype).isfinite().all():
-            raise ValueError(
-                f"{file.path}: tensor {name} has numbers that are not finite: it is damaged, "
-                "or its training diverged; train again, with a lower --lr"
-            )
-
-
-def export(model, folder: str | Path, base=None):
+def export(model, folder: str | Path, base: str | Path | None = None):
     """Write the fine-tuned model as a Hugging Face folder, new or empty, with the tokenizer files
     of the folder `base`. The model is not changed, and nothing of it is copied in memory."""
-    import shutil
-
-    from data import hub
-
-    config_of(model)
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"{folder} already exists and is not an empty folder; export writes a new one"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in Path(base).iterdir() if base else []:
-        if file.name.startswith(BESIDE):
-            shutil.copyfile(file, folder / file.name)
-    hub.write_model(folder, model, model.norm.weight.dtype)
+    config_of(model, EsftConfig)
+    write_folder(model, folder, base)
 
 
-def save_scores(model, folder: str | Path, usage: Usage, scores: torch.Tensor, how: dict):
+def save_scores(model, folder, usage, scores, how):
     """Write scores.json and scores.svg into a run's folder; `how` the choice was made."""
     from data import pictures, run
 
-    chosen = config_of(model).experts
+    chosen = config_of(model, EsftConfig).experts
     content = how | {
         "counts": usage.counts.tolist(),
         "gate_sums": usage.gate_sums.tolist(),
@@ -500,37 +455,9 @@ def lesson():
 
 
 def main(argv=None):
-    from data import run
-
-    parser = run.Parser(description="Without arguments: which experts the embedded skills use.")
-    commands = parser.add_subparsers(dest="command", parser_class=run.Parser)
     about = "write what a run trained, in its base, as a Hugging Face folder"
-    add = commands.add_parser("export", help=about, description=about).add_argument
-    add("run", metavar="RUN_FOLDER", type=Path, help="of train.py, or a folder of esft.save")
-    add("new", metavar="NEW_FOLDER")
-    add("base", metavar="BASE", nargs="?", help="(the run's)")
-    args = parser.parse_args(argv)
-    if args.command:
-        export_run(args.run, args.new, args.base)
-    else:
-        lesson()
-
-
-def export_run(folder, new, base):
-    from data import run
-    from model import DTYPES, EMBEDDED, MoETransformer
-
-    file = folder / "config.json"  # absent where save was called by hand
-    settings = run.read_json(file, base=str, dtype=str) if file.exists() else {}
-    base = base or settings.get("base") or EMBEDDED
-    dtype = settings.get("dtype") or "float32"
-    if dtype not in DTYPES:
-        raise ValueError(f"{file}: dtype is {run.shown(dtype)}; choose from {', '.join(DTYPES)}")
-    export(load(MoETransformer.from_pretrained(base, DTYPES[dtype]), folder), new, base)
-    print(f"wrote {new}: {base} with the experts of {folder}")
+    script(argv, lesson, "export", about, load)
 
 
 if __name__ == "__main__":
-    from data import run
-
     run.command(main)()

@@ -32,6 +32,9 @@ checkpoint is refused, not approximated).
     python model.py FOLDER        what is in a model folder: configuration, parameters, active ones
 """
 
+from data import run  # first: from here on Ctrl-C is one line
+
+# isort: split
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,7 +47,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import decode, hub, run
+from data import decode, hub
 from data import shard as processes  # the model over several of them; alone it does nothing
 from moe import Experts, MoE, Routing
 
@@ -303,7 +306,8 @@ class MoETransformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
-        self.init_weights()
+        if not self.norm.weight.is_meta:  # there is nothing to draw, and torch takes long for it
+            self.init_weights()
 
     def tie_weights(self):
         if self.config.tie_word_embeddings:
@@ -312,8 +316,6 @@ class MoETransformer(nn.Module):
     def init_weights(self):
         """Random weights, as a model starts its pre-training."""
         for name, p in self.named_parameters():
-            if p.is_meta:
-                continue  # there is nothing to fill
             if "norm" in name:
                 nn.init.ones_(p)
             else:
@@ -376,12 +378,12 @@ class MoETransformer(nn.Module):
             )
         if not input_ids.is_cpu or input_ids.numel() == 0:
             return  # on a GPU the look would stall it
-        low, high = input_ids.min().item(), input_ids.max().item()
-        if low < 0 or high >= vocab:
-            bad = low if low < 0 else high
-            raise ValueError(
-                f"token id {bad} is outside the model's vocabulary 0..{vocab - 1}; wrong tokenizer?"
-            )
+        for extreme in input_ids.aminmax():
+            if not 0 <= extreme < vocab:
+                raise ValueError(
+                    f"token id {extreme} is outside the model's vocabulary 0..{vocab - 1}; "
+                    "wrong tokenizer?"
+                )
 
     # The doors to data/ --------------------------------------------------------------------------
 

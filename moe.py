@@ -118,7 +118,7 @@ def sort_by_expert(selected_experts: torch.Tensor, num_experts: int) -> Order:
     return Order(pair, pair // K, inverse.view(N, K), ends)
 
 
-def weight_of_rows(routing: Routing, order: Order) -> torch.Tensor:
+def weight_of_rows(routing, order):
     """The routing weight of each sorted row: (R, 1)."""
     return routing.routing_weights.flatten().index_select(0, order.pair)[:, None]
 
@@ -184,7 +184,7 @@ def _(a, b, ends):
     return a.new_empty(*groups, a.shape[0], b.shape[-1])
 
 
-def packed(grad: torch.Tensor) -> torch.Tensor:
+def packed(grad):
     """grouped_mm wants strides of exactly (out, 1). A single row counts as contiguous with any
     row stride; the view resets it."""
     return grad.contiguous().view(-1).view(grad.shape)
@@ -260,7 +260,7 @@ class MoE(nn.Module):
 # How evenly the experts are used -----------------------------------------------------------------
 
 
-def expert_counts(routing: Routing, mask: torch.Tensor | None = None) -> torch.Tensor:
+def expert_counts(routing, mask=None):
     """How many of the N*K choices fell on each expert: (E,) int64."""
     ids = routing.selected_experts  # (N, K)
     counted = torch.ones_like(ids)
@@ -270,13 +270,13 @@ def expert_counts(routing: Routing, mask: torch.Tensor | None = None) -> torch.T
     return counts.scatter_add_(0, ids.flatten(), counted.flatten())
 
 
-def expert_load(routing: Routing, mask: torch.Tensor | None = None) -> torch.Tensor:
+def expert_load(routing, mask=None):
     """The share of the choices that fell on each expert: (E,) float32, sums to 1; no gradient."""
     counts = expert_counts(routing, mask)
     return counts.float() / counts.sum()
 
 
-def prob_sums(routing: Routing, mask: torch.Tensor | None = None) -> torch.Tensor:
+def prob_sums(routing, mask=None):
     """The probability that each expert gets, summed over the tokens: (E,) float32."""
     probs = F.softmax(routing.router_logits, dim=-1, dtype=torch.float32)  # (N, E)
     if mask is not None:
@@ -302,7 +302,7 @@ def load_balancing_loss(routing: Routing, mask: torch.Tensor | None = None) -> t
     return unevenness(expert_load(routing, mask), prob_sums(routing, mask), tokens)
 
 
-def unevenness(load: torch.Tensor, prob_sums: torch.Tensor, tokens) -> torch.Tensor:
+def unevenness(load, prob_sums, tokens):
     """The formula above, of f (E,) and of P (E,) times the number of tokens. It is linear in P: the
     terms of parts of the tokens, with the f and the number of all, add up."""
     return len(load) * (load * prob_sums / tokens).sum()

@@ -18,7 +18,8 @@ also those that a token did not choose: cheaper than sorting tokens while M*r st
 perft_e has an adapter for each of many experts (OLMoE, r = 16: M*r = 1,024), so it sorts the tokens
 by expert, as moe.py does, and computes the chosen ones.
 
-perft_r's own router G~ renormalises its Top K weights if and only if the base does.
+perft_r's own router G~ renormalises its Top K weights if and only if the base does. With equal
+adapters, R of one is S, D of M is M times S, and where the base renormalises R and E are S.
 
 It is not LoRA on the experts: an adapter never touches an expert's own matrices, it stands beside
 the whole expert. So perft_e needs nothing of the expert but the router's choice and weight. For the
@@ -53,23 +54,27 @@ Three facts, never silent here:
 Against the authors' code: its adapters draw a dropout mask each, here they share one. Left out: E
 with S, D or R.
 
-To add a variant: its name in PERFT, its line in PerftMoE.forward, its M in count_adapters, what a
-token meets in share_met, and its flags and learning rate in train.py.
+To add a variant: its name in PERFT, its line in PerftMoE.forward, its M in Adapters, what a token
+meets in share_met, and its flags and learning rate in train.py.
 
 To attach this to a model of your own, take moe.py and this file along. The model needs `layers`,
 each with a `moe` (and `self_attn.q_proj`, `v_proj` for lora_qv), `norm.weight`, and a `config` with
 num_hidden_layers, hidden_size, num_experts, num_experts_per_tok and norm_topk_prob.
 
-    python perft.py        the lesson: what each variant trains, and identities between them
+    python perft.py        the lesson: what each variant trains
     python perft.py merge RUN_FOLDER NEW_FOLDER [BASE]
                            a LoRA that train.py or PEFT saved, in its base, as a Hugging Face folder
 """
 
 import math
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    from data import run  # before torch, so that Ctrl-C is one line while it is imported
 
 import torch
 import torch.nn as nn
@@ -80,7 +85,6 @@ from moe import (
     Dispatch,
     Experts,
     GroupedProduct,
-    MoE,
     Router,
     Routing,
     grouped_mm,
@@ -98,6 +102,18 @@ LORA = {  # and what PEFT calls the weights that change
     },
 }
 BASELINES = (*LORA, "router", "frozen_experts", "full")
+CHOICES = {
+    "variant": PERFT + BASELINES,
+    "kind": ("lora", "parallel"),
+    "init": ("paper", "lora"),
+    "adapter_weights": ("own", "base"),
+}
+# Options that most variants do not have. (PEFT's layout, which LoRA has, has no place for routers.)
+OF_SOME = {
+    "train_router": PERFT,
+    "shared_outer": ("lora_experts",),
+    "experts": ("perft_e", "lora_experts"),
+}
 
 
 @dataclass
@@ -122,13 +138,7 @@ class PerftConfig:
     experts: list[list[int]] | None = None
 
     def __post_init__(self):
-        choices = {
-            "variant": PERFT + BASELINES,
-            "kind": ("lora", "parallel"),
-            "init": ("paper", "lora"),
-            "adapter_weights": ("own", "base"),
-        }
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 self.refuse(name, f"choose from {', '.join(allowed)}")
         for name in ("rank", "num_adapters", "top_k"):
@@ -145,12 +155,9 @@ class PerftConfig:
                 self.refuse(name, f"it must be a number from 0, less than {end}")
         if self.top_k > self.num_adapters and self.variant == "perft_r":
             self.refuse("top_k", f"there are {self.num_adapters} adapters to choose from; lower it")
-        if self.train_router and self.variant in LORA:
-            self.refuse("train_router", "PEFT's layout, which LoRA has, has no place for routers")
-        if self.shared_outer and self.variant != "lora_experts":
-            self.refuse("variant", "shared_outer is of lora_experts only")
-        if self.experts is not None and self.variant not in ("perft_e", "lora_experts"):
-            self.refuse("variant", "experts are chosen for perft_e and lora_experts only")
+        for name, variants in OF_SOME.items():
+            if getattr(self, name) and self.variant not in variants:
+                self.refuse("variant", f"{name} is of {', '.join(variants)} only")
 
     def refuse(self, name, why):
         raise ValueError(f"{name} is {str(getattr(self, name))[:100]}; {why}")
@@ -163,15 +170,9 @@ class PerftConfig:
         if self.experts is not None:
             check_experts(self.experts, base)
 
-    def experts_of(self, layer: int) -> list[int] | None:
+    def experts_of(self, layer):
         """Those of a layer that get an adapter; None: all."""
-        return None if self.experts is None else self.experts[layer]
-
-    def count_adapters(self, base, layer: int) -> int:
-        """M of a layer."""
-        experts = self.experts_of(layer) or range(base.num_experts)
-        M = self.num_adapters
-        return {"perft_s": 1, "perft_d": M, "perft_r": M, "perft_e": len(experts)}[self.variant]
+        return self.experts and self.experts[layer]
 
 
 def check_experts(chosen, base):
@@ -180,8 +181,8 @@ def check_experts(chosen, base):
     if not isinstance(chosen, list) or len(chosen) != L:
         raise ValueError(f"experts are not given for each of the model's {L} layers")
     for i, ids in enumerate(chosen):
-        known = isinstance(ids, list) and all(type(e) is int and 0 <= e < E for e in ids)
-        if not known or not ids or len(set(ids)) < len(ids):
+        is_list = isinstance(ids, list) and all(type(e) is int for e in ids)
+        if not is_list or not 0 < len(ids) == len(set(ids).intersection(range(E))):
             text = str(ids)[:100]
             raise ValueError(f"layer {i}: {text} is no list of different experts from 0..{E - 1}")
 
@@ -195,7 +196,8 @@ class Pair(nn.Module):
     Row j of a stack is that of expert `experts[j]` of a layer (None: of expert j).
     """
 
-    def __init__(self, config: PerftConfig, A: tuple, B: tuple, experts: list[int] | None = None):
+    def __init__(self, config, A, B, experts=None):
+        """A, B: their shapes."""
         super().__init__()
         self.A = nn.Parameter(torch.empty(A, dtype=torch.float32))
         self.B = nn.Parameter(torch.empty(B, dtype=torch.float32))
@@ -216,7 +218,7 @@ class Pair(nn.Module):
     def drop(self, x):
         return F.dropout(x, self.dropout, self.training)
 
-    def of_experts(self, E: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_experts(self, E, dtype):
         """A and B of all experts, for rows that are sorted by expert; of a rank that F.grouped_mm
         takes in any dtype."""
         pad = (-self.A.shape[1]) % 8
@@ -244,16 +246,19 @@ class PerftRouting(NamedTuple):
 class Adapters(Pair):
     """M adapters of one layer: A (M, r, D), B (M, D, r); for PERFT-R a router (M, D)."""
 
-    def __init__(self, config: PerftConfig, base, layer: int):
-        M, r, D = config.count_adapters(base, layer), config.rank, base.hidden_size
-        super().__init__(config, (M, r, D), (M, D, r), config.experts_of(layer))
+    def __init__(self, config, base, layer):
+        experts = config.experts_of(layer)
+        r, D, E = config.rank, base.hidden_size, base.num_experts
+        counts = {"perft_s": 1, "perft_e": len(experts or range(E))}
+        M = counts.get(config.variant, config.num_adapters)
+        super().__init__(config, (M, r, D), (M, D, r), experts)
         self.kind = config.kind
         self.router = None
         if config.variant == "perft_r":
             self.router = Router(D, M, config.top_k, base.norm_topk_prob)
             nn.init.normal_(self.router.weight, std=0.02)
 
-    def forward(self, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x, gate):
         """sum over j of gate_j Delta_j(x), all M computed.
 
         x (N, D), gate (N, M) or None for weight 1 -> (N, D)
@@ -265,7 +270,7 @@ class Adapters(Pair):
             hidden = hidden * gate.repeat_interleave(r, dim=1)
         return hidden @ B.transpose(1, 2).reshape(M * r, D)
 
-    def beside_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def beside_experts(self, x, routing):
         """The same for perft_e, only the chosen computed: an adapter is asked when its expert is,
         under its weight.
 
@@ -310,28 +315,28 @@ class PerftMoE(nn.Module):
     adapter_weights matters to PERFT-R only: see the opening page.
     """
 
-    def __init__(self, base: MoE, adapters: Adapters, config: PerftConfig):
+    def __init__(self, moe, config, base, layer):
         super().__init__()
-        self.router = base.router
-        self.experts = base.experts
-        self.adapters = adapters
+        self.router = moe.router
+        self.experts = moe.experts
+        self.adapters = Adapters(config, base, layer)  # on the CPU
         self.variant = config.variant
         self.adapter_weights = config.adapter_weights
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing | PerftRouting]:
+    def forward(self, x):
         """x (B, T, D) -> y (B, T, D), and the Routing (or PerftRouting) of the N = B*T tokens."""
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
         routing = self.router(flat)
         y = self.experts(flat, routing)
         if self.variant == "perft_e":
-            y = y + self.adapters.beside_experts(flat, routing)
+            added = self.adapters.beside_experts(flat, routing)
         elif self.variant == "perft_r":
             own = self.adapters.router(flat)
-            y = y + self.adapters(flat, self.gate_of_adapters(own, routing))
+            added = self.adapters(flat, self.gate_of_adapters(own, routing))
             routing = PerftRouting(*routing, own)
         else:  # perft_s, perft_d: every adapter, weight 1
-            y = y + self.adapters(flat, None)
-        return y.view_as(x), routing
+            added = self.adapters(flat, None)
+        return (y + added).view_as(x), routing
 
     def gate_of_adapters(self, own, routing):
         """(N, M): the weights of the adapters that their own router chose, 0 for the others."""
@@ -348,7 +353,7 @@ class PerftMoE(nn.Module):
 class LoraLinear(Pair):
     """A frozen linear map plus (dropout(x) A^T) B^T * alpha/r (LoRA, arXiv 2106.09685)."""
 
-    def __init__(self, base: nn.Linear, config: PerftConfig):
+    def __init__(self, base, config):
         r = config.rank
         super().__init__(config, (r, base.in_features), (base.out_features, r))
         self.weight = base.weight  # it keeps its name
@@ -358,10 +363,9 @@ class LoraLinear(Pair):
         delta = F.linear(hidden, self.B.to(x.dtype))
         return F.linear(x, self.weight) + delta * self.scale
 
-    def merged(self) -> nn.Linear:
+    def merged(self):
         fold(self.weight, self.A, self.B, self.scale)
-        with torch.device("meta"):
-            plain = nn.Linear(self.A.shape[1], self.B.shape[0], bias=False)
+        plain = nn.Linear(*self.weight.shape[::-1], bias=False, device="meta")
         plain.weight = self.weight
         return plain
 
@@ -370,7 +374,7 @@ class LoraExperts(nn.Module):
     """moe.Experts with LoRA on both matrices of each expert, or of the chosen ones. No W + B A is
     ever made: a row goes through A, is r wide, and goes through B."""
 
-    def __init__(self, base: Experts, config: PerftConfig, layer: int):
+    def __init__(self, base, config, layer):
         super().__init__()
         self.gate_up_proj, self.down_proj = base.gate_up_proj, base.down_proj  # they keep names
         E, D, F_ = base.down_proj.shape
@@ -380,7 +384,7 @@ class LoraExperts(nn.Module):
         self.gate_up_lora = Pair(config, (outer, r, D), (n, 2 * F_, r), ids)
         self.down_lora = Pair(config, (n, r, F_), (outer, D, r), ids)
 
-    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def forward(self, x, routing):
         """x (N, D), Routing -> y (N, D): moe.experts_grouped, and what LoRA adds to its products"""
         E, lora = len(self.down_proj), self.gate_up_lora
         order = sort_by_expert(routing.selected_experts, E)
@@ -396,14 +400,13 @@ class LoraExperts(nn.Module):
         rows = GroupedProduct.apply(rows, self.down_proj, order.ends)
         return Combine.apply(rows + GroupedProduct.apply(hidden, B, order.ends), order)
 
-    def merged(self) -> Experts:
-        E, D, F_ = self.down_proj.shape
+    def merged(self):
         with torch.device("meta"):
-            plain = Experts(E, D, F_)
+            plain = Experts(*self.down_proj.shape)
         plain.gate_up_proj, plain.down_proj = self.gate_up_proj, self.down_proj
         pairs = (plain.gate_up_proj, self.gate_up_lora), (plain.down_proj, self.down_lora)
         for stack, lora in pairs:
-            for W, A, B in zip(stack, *lora.of_experts(E, torch.float32)):
+            for W, A, B in zip(stack, *lora.of_experts(len(stack), torch.float32)):
                 fold(W, A, B, lora.scale)
         return plain
 
@@ -428,16 +431,14 @@ def apply_perft(model, variant: str, **options):
     config = PerftConfig(variant, **options)
     config.check_base(model.config)
     refuse_second(model)
-    dtype = model.norm.weight.dtype
-    if variant in ("full", "frozen_experts") and dtype != torch.float32:
-        raise ValueError(
-            f"{variant} trains the base's own weights, and {dtype} would lose small steps; "
-            "load the base in float32"
-        )
-    model.requires_grad_(False)
+    if variant in ("full", "frozen_experts"):
+        need_float32(model, variant)
+    for name, p in model.named_parameters():
+        is_expert = ".experts." in name
+        p.requires_grad_(variant == "full" or (variant == "frozen_experts" and not is_expert))
     for i, block in enumerate(model.layers):
         if variant in PERFT:
-            block.moe = wrap_moe(block.moe, config, model.config, i)
+            block.moe = PerftMoE(block.moe, config, model.config, i)
         if variant == "lora_experts":
             block.moe.experts = LoraExperts(block.moe.experts, config, i)
         if variant == "lora_qv":
@@ -445,17 +446,7 @@ def apply_perft(model, variant: str, **options):
                 setattr(block.self_attn, name, LoraLinear(getattr(block.self_attn, name), config))
         if variant == "router" or config.train_router:
             train_master(block.moe.router.weight)
-    if variant == "full":
-        model.requires_grad_(True)
-    if variant == "frozen_experts":
-        for name, p in model.named_parameters():
-            p.requires_grad_(".experts." not in name)
-    model.adapter_config = config
-    # What was attached is drawn on the CPU, and so alike on every device. If the base is on meta,
-    # it stays there; MoETransformer.allocate moves it.
-    if model.norm.weight.device.type != "meta":
-        model.to(model.norm.weight.device)
-    return model.train(model.training)  # the new parts too: no dropout in a model in eval mode
+    return settle(model, config)
 
 
 def refuse_second(model):
@@ -463,15 +454,32 @@ def refuse_second(model):
         raise ValueError("the model already carries adapters; load the base again")
 
 
-def wrap_moe(moe: MoE, config: PerftConfig, base, layer: int) -> PerftMoE:
-    """One layer's MoE block -> the block with its adapters, which are on the CPU."""
-    return PerftMoE(moe, Adapters(config, base, layer), config)
+def need_float32(model, what):
+    dtype = model.norm.weight.dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f"{what} trains the base's own weights, and {dtype} would lose small steps; "
+            "load the base in float32"
+        )
 
 
-def train_master(p: nn.Parameter):
+def train_master(p):
     """Let a weight of the base train in float32, for the reason of the opening page."""
     p.data = p.data.float()
     p.requires_grad_(True)
+
+
+def settle(model, config):
+    """The end of attaching: the new parts get the model's device, and its mode (no dropout in a
+    model in eval mode).
+
+    They were drawn on the CPU, and so are alike on every device. If the base is on meta, they stay
+    there; MoETransformer.allocate moves them.
+    """
+    model.adapter_config = config
+    if model.norm.weight.device.type != "meta":
+        model.to(model.norm.weight.device)
+    return model.train(model.training)
 
 
 def warnings_for(config: PerftConfig, base) -> list[str]:
@@ -508,18 +516,22 @@ class Trained(NamedTuple):
 
 def what_trains(model) -> list[Trained]:
     """The trainable parameters, one line a kind."""
-    kinds: dict[str, list[nn.Parameter]] = {}
+    kinds = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(p)
-    rows = []
-    for kind, parameters in kinds.items():
-        shapes = {"x".join(map(str, p.shape)) for p in parameters}
-        shape = shapes.pop() if len(shapes) == 1 else "various"
-        total = sum(p.numel() for p in parameters)
-        met = sum(p.numel() * share_met(model, kind, p) for p in parameters)
-        rows.append(Trained(kind, len(parameters), shape, total, round(met)))
-    return rows
+            kind = re.sub(r"\.\d+\.", ".*.", name)
+            shape = "x".join(map(str, p.shape))
+            met = round(p.numel() * share_met(model, name, p))
+            kinds.setdefault(kind, []).append(Trained(kind, 1, shape, p.numel(), met))
+    return [summed(kind, rows) for kind, rows in kinds.items()]
+
+
+def summed(module, rows):
+    """Several lines as one."""
+    shapes = {row.shape for row in rows}
+    shape = shapes.pop() if len(shapes) == 1 else "various"
+    count, parameters, activated = (sum(row[i] for row in rows) for i in (1, 3, 4))
+    return Trained(module, count, shape, parameters, activated)
 
 
 def share_met(model, name, p):
@@ -541,19 +553,14 @@ def report(model) -> str:
     if not rows:
         raise ValueError("nothing trains: no parameter has requires_grad")
     total, active = parameter_count(model.config), active_parameters(model.config)
-    count, parameters, activated = (sum(row[i] for row in rows) for i in (1, 3, 4))
-    rows.append(Trained("all that trains", count, "", parameters, activated))
     lines = [f"{'module':40} count            shape    parameters  % total % active"]
+    rows.append(summed("all that trains", rows)._replace(shape=""))
     for row in rows:
         lines.append(
             f"{row.module:40} {row.count:5} {row.shape:>16} {row.parameters:13,} "
             f"{100 * row.parameters / total:8.3f} {100 * row.activated / active:8.3f}"
         )
     lines.append(f"base model: {total:,} parameters, {active:,} active for a token")
-    config = getattr(model, "adapter_config", None)
-    if getattr(config, "variant", None) == "lora_experts":
-        K = model.config.num_experts_per_tok
-        lines.append(f"a token meets the LoRA of at most {K} experts, of rank {config.rank} each")
     return "\n".join(lines)
 
 
@@ -564,16 +571,21 @@ def report(model) -> str:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Keys of PEFT's adapter_config.json that are read here, or change no logits. What others say may.
-READ = "peft_type r lora_alpha lora_dropout use_rslora target_modules target_parameters"
-IDLE = "task_type auto_mapping base_model_name_or_path revision inference_mode peft_version"
-IDLE += " megatron_core qalora_group_size"
-KINDS = {"base": dict, "train_router": bool, "shared_outer": bool}  # of ours, and of PEFT's:
-KINDS |= {"r": int, "lora_alpha": float, "use_rslora": bool}
-KINDS |= {"target_modules": list, "target_parameters": list}
+# Of PEFT's adapter_config.json: what is read here, of which kind, and what changes no logits. Every
+# other key may be there if it says nothing.
+PEFT_KINDS = {
+    "r": int,
+    "lora_alpha": float,
+    "lora_dropout": float,
+    "use_rslora": bool,
+    "target_modules": list,
+    "target_parameters": list,
+}
+IDLE = """peft_type task_type auto_mapping base_model_name_or_path revision inference_mode
+    peft_version megatron_core qalora_group_size""".split()
 
 
-def fingerprint(base) -> dict:
+def fingerprint(base):
     """What an adapter must find again: the keys of the base's config.json that shape its logits
     (not its weights)."""
     no_logits = ("extra", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -581,21 +593,26 @@ def fingerprint(base) -> dict:
     return {name: value for name, value in asdict(base).items() if name not in no_logits}
 
 
-def check_fingerprint(theirs, base, path: Path):
+def check_fingerprint(theirs, base, path):
     """ValueError naming both sides if an adapter's base was another one."""
     from data import run
 
     if not isinstance(theirs, dict):
         raise ValueError(f"{path}: does not say for which base it was made; not written by save")
-    changed = run.changes(theirs, fingerprint(base))
+    # a key that is not known here may have shaped its logits
+    changed = run.changes(theirs, dict.fromkeys(theirs) | fingerprint(base))
     if changed:
         raise ValueError(f"{path}: was made for another base: {changed}")
 
 
-def config_of(model) -> PerftConfig:
+def config_of(model, kind):
+    """What was attached to a model; ValueError unless it is of this kind."""
     config = getattr(model, "adapter_config", None)
-    if not isinstance(config, PerftConfig):
-        raise ValueError("the model carries no adapters; attach some with apply_perft")
+    if not isinstance(config, kind):
+        raise ValueError(
+            "the model carries no adapters, or chosen experts, of this kind; call apply_perft, "
+            "apply_esft or load first"
+        )
     return config
 
 
@@ -608,7 +625,7 @@ def save_adapter(model, folder: str | Path):
     from data import hub, run
     from data import shard as processes
 
-    config = config_of(model)
+    config = config_of(model, PerftConfig)
     content = {"peft_type": "PERFT", **asdict(config), "base": fingerprint(model.config)}
     if config.variant in LORA:
         content |= {
@@ -634,69 +651,67 @@ def load_adapter(model, folder: str | Path):
     ValueError naming both sides for another base, or for tensors that are missing, extra, misshaped
     or not finite; the model is then as it was.
     """
+    options = read_options(Path(folder) / CONFIG, model.config)
+    edit = partial(apply_perft, **options)
+    return attach_file(model, Path(folder) / WEIGHTS, edit, adapter_places)
+
+
+def attach_file(model, path, edit, places):
+    """edit(model), and fill what then trains, places(model), from a file. Every fault is found on a
+    model without memory, before this one is touched."""
     from data import hub
 
-    path = Path(folder) / WEIGHTS
-    options = read_options(Path(folder) / CONFIG, model.config)
-    refuse_second(model)
-    weights = hub.Tensors(path, [path])
-    with torch.device("meta"):  # find every fault before the model is touched
-        trial = apply_perft(type(model)(model.config), **options)
-    weights.check(adapter_places(trial))
-    for name, tensor in weights.files[0].items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: tensor {name} is not finite; the training diverged")
-    apply_perft(model, **options)
-    weights.fill(adapter_places(model))
+    weights = hub.Tensors(path)
+    with torch.device("meta"):
+        trial = edit(type(model)(model.config))
+    weights.fill(places(trial))  # checks names, shapes and numbers, and copies nothing
+    edit(model)
+    weights.fill(places(model))
     return model.eval()
 
 
-def read_options(path: Path, base) -> dict:
+def read_options(path, base):
     """An adapter_config.json, ours or PEFT's -> the options of apply_perft."""
     from data import run
 
-    content = run.read_json(path, **KINDS)
+    content = run.read_json(path, train_router=bool, shared_outer=bool, **PEFT_KINDS)
     content = {name: value for name, value in content.items() if value is not None}
-    if "variant" in content:
+    is_ours = "variant" in content
+    if is_ours:
         check_fingerprint(content.get("base"), base, path)
     try:
-        if "variant" in content:
-            fields = PerftConfig.__dataclass_fields__
-            options = {name: content[name] for name in fields if name in content}
-        else:
-            options = options_of_peft(content)
+        options = content if is_ours else options_of_peft(content)
+        fields = PerftConfig.__dataclass_fields__
+        options = {name: options[name] for name in fields if name in options}
         PerftConfig(**options).check_base(base)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return options
 
 
-def options_of_peft(content) -> dict:
+def options_of_peft(content):
     """PEFT's adapter_config.json -> the options of apply_perft that are the same LoRA."""
     from data import run
 
-    variants = [variant for variant in LORA if ends(LORA[variant]) == ends(content)]
-    if content.get("peft_type") != "LORA" or not variants:
+    targets = content.get("target_modules", []) + content.get("target_parameters", [])
+    changed = sorted(str(name).split(".")[-1] for name in targets)
+    variants = {"q_proj v_proj": "lora_qv", "down_proj gate_up_proj": "lora_experts"}
+    variant = variants.get(" ".join(changed))
+    if content.get("peft_type") != "LORA" or variant is None:
         raise ValueError(
-            f"peft_type {run.shown(content.get('peft_type'))} on {run.shown(ends(content))}: of "
+            f"peft_type {run.shown(content.get('peft_type'))} on {run.shown(changed)}: of "
             "PEFT's adapters, LoRA of q_proj and v_proj, or of both stacks of the experts, loads"
         )
-    if content.get("init_lora_weights") in (True, "gaussian"):  # others change the base too
-        del content["init_lora_weights"]
-    for name, value in content.items():
-        if name not in f"{READ} {IDLE}".split() and value not in (False, "none", [], {}):
-            raise ValueError(f"{name} is {run.shown(value)}, which has no counterpart here")
+    for name in content.keys() - PEFT_KINDS.keys() - set(IDLE):
+        # a LoRA that starts in another way changes the base too
+        fine = [True, "gaussian"] if name == "init_lora_weights" else [False, "none", [], {}]
+        if content[name] not in fine:
+            raise ValueError(f"{name} is {run.shown(content[name])}, which has no counterpart here")
     rank, alpha = content.get("r", 8), content.get("lora_alpha", 8)
     if content.get("use_rslora"):
         alpha *= abs(rank) ** 0.5  # its scale is alpha / sqrt(r)
     dropout = content.get("lora_dropout", 0.0)
-    return {"variant": variants[0], "rank": rank, "alpha": alpha, "dropout": dropout}
-
-
-def ends(content) -> list[str]:
-    """What PEFT changes: the last parts of the names."""
-    names = content.get("target_modules", []) + content.get("target_parameters", [])
-    return sorted(str(name).split(".")[-1] for name in names)
+    return {"variant": variant, "rank": rank, "alpha": alpha, "dropout": dropout}
 
 
 class PeftPlace(NamedTuple):
@@ -709,7 +724,7 @@ class PeftPlace(NamedTuple):
     is_B: bool
 
     @property
-    def shape(self) -> list[int]:
+    def shape(self):
         _, rows, columns = self.parameter.shape
         return [rows, columns * self.E] if self.is_B else [self.E * rows, columns]
 
@@ -722,18 +737,19 @@ class PeftPlace(NamedTuple):
             stack = source.unflatten(1, (-1, self.E)).permute(2, 0, 1)
         else:
             stack = source.unflatten(0, (self.E, -1))
-        count = len(self.parameter)
-        if self.experts is not None and count == len(self.experts):
+        if self.experts is not None:
             stack = stack[self.experts]
-        self.parameter.data.copy_(stack[:count])
+        self.parameter.data.copy_(stack[: len(self.parameter)])
 
 
-def adapter_places(model) -> dict:
+def adapter_places(model):
     """Tensor name in adapter_model.safetensors -> the place of the trained parameter it is."""
     from data.hub import Place
 
     table = {}
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         place = Place(p)
         if "_lora." in name:
             experts = model.get_submodule(name[:-2]).experts
@@ -742,8 +758,7 @@ def adapter_places(model) -> dict:
             name = name.replace("moe.experts.gate_up_lora", "mlp.experts.base_layer")
             name = name.replace("moe.experts.down_lora", "mlp.experts")
             name = f"base_model.model.model.{name[:-1]}lora_{name[-1]}.weight"
-        if p.requires_grad:
-            table[name] = place
+        table[name] = place
     return table
 
 
@@ -753,7 +768,7 @@ def merge(model):
     ValueError for every other variant: an adapter beside a non-linear expert is not a change of its
     weights.
     """
-    variant = config_of(model).variant
+    variant = config_of(model, PerftConfig).variant
     if variant not in LORA:
         raise ValueError(
             f"{variant} cannot be merged: only LoRA ({', '.join(LORA)}) is a change of weights; "
@@ -768,14 +783,44 @@ def merge(model):
     return model
 
 
-def write_folder(model, folder: str | Path, base: str | Path | None = None):
-    """Write a plain model as a Hugging Face folder, new or empty, with the tokenizer files of the
-    folder `base`."""
+# Commands ----------------------------------------------------------------------------------------
+
+
+def read_run(folder):
+    """The settings of the run of train.py that made a folder; {} where there are none (it was saved
+    by hand). ValueError for values that no run writes."""
+    from data import run
+    from model import DTYPES
+
+    file = folder / "config.json"
+    if not file.exists():
+        return {}
+    settings = run.read_json(file, base=str, dtype=str, task=str, template=str, eval_rows=int)
+    if settings.get("variant") == "scratch":
+        raise ValueError(f"{folder} holds a whole model, no adapter: use --base {folder}/model")
+    base = settings.get("base") or ""
+    if len(base) > 900:  # the system's own message would be nothing but that name
+        raise ValueError(f"{file}: base is {run.shown(base)}, too long for a folder's name")
+    dtype = settings.get("dtype")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"{file}: dtype is {run.shown(dtype)}, expected {' or '.join(DTYPES)}")
+    return settings
+
+
+def check_new(folder):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} already exists and is not an empty folder; choose a new one")
+
+
+def write_folder(model, folder, base=None):
+    """Write a model as a Hugging Face folder, new or empty, with the tokenizer files of the folder
+    `base`."""
     import shutil
 
     from data import hub
 
     folder = Path(folder)
+    check_new(folder)
     files = list(Path(base).iterdir()) if base else []  # before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     beside = ("tokenizer", "special_tokens_map", "added_tokens", "generation_config")
@@ -785,7 +830,33 @@ def write_folder(model, folder: str | Path, base: str | Path | None = None):
     hub.write_model(folder, model, model.norm.weight.dtype)
 
 
-# The lesson and the command -----------------------------------------------------------------------
+def script(argv, lesson, command, about, attach):
+    """A file's command line: its lesson; or a run in its base, as a Hugging Face folder.
+
+    attach(base, the run's folder) -> the model to be written.
+    """
+    from data import run
+    from model import DTYPES, EMBEDDED, MoETransformer
+
+    parser = run.Parser(description="Without arguments: the lesson of the file's first page.")
+    commands = parser.add_subparsers(dest="command", parser_class=run.Parser)
+    add = commands.add_parser(command, help=about, description=about).add_argument
+    add("run", metavar="RUN_FOLDER", type=Path, help="of train.py, or what was saved by hand")
+    add("new", metavar="NEW_FOLDER", type=Path)
+    add("base", metavar="BASE", nargs="?", help="(the run's)")
+    args = parser.parse_args(argv)
+    if args.command is None:
+        return lesson()
+    check_new(args.new)
+    settings = read_run(args.run)
+    base = args.base or settings.get("base") or EMBEDDED
+    dtype = DTYPES[settings.get("dtype") or "float32"]
+    model = attach(MoETransformer.from_pretrained(base, dtype), args.run)
+    write_folder(model, args.new, base)
+    print(f"wrote {args.new}: {base} with what {args.run} trained")
+
+
+# The lesson --------------------------------------------------------------------------------------
 
 # of the published config.json files
 OLMOE_1B_7B = {
@@ -812,7 +883,7 @@ MIXTRAL_8X7B = {
 }
 
 
-def lesson_parameters(name: str, base):
+def lesson_parameters(name, base):
     """What each variant trains on a base of these sizes, counted on a model without memory."""
     from model import MoETransformer, active_parameters, parameter_count
 
@@ -820,92 +891,30 @@ def lesson_parameters(name: str, base):
     print(f"\n{name}: {total:,} parameters, {active:,} active; adapters of rank 16 train")
     for variant in (*PERFT, "lora_qv"):
         with torch.device("meta"):
-            rows = what_trains(apply_perft(MoETransformer(base), variant))
-        trained = sum(row.parameters for row in rows)
-        met = sum(row.activated for row in rows)
+            row = summed("all", what_trains(apply_perft(MoETransformer(base), variant)))
         print(
-            f"  {variant:8} {trained:12,} parameters ({trained / total:7.3%}), "
-            f"{met:11,} met by a token ({met / active:7.3%})"
+            f"  {variant:8} {row.parameters:12,} parameters ({row.parameters / total:7.3%}), "
+            f"{row.activated:11,} met by a token ({row.activated / active:7.3%})"
         )
-
-
-def lesson_identities(base):
-    """Variants with equal adapters that must give the same numbers, on one random layer."""
-    torch.manual_seed(0)
-    moe, x = MoE(base), torch.randn(1, 64, base.hidden_size)
-    for p in moe.parameters():
-        nn.init.normal_(p, std=0.2)
-    A, B = torch.randn(4, base.hidden_size), torch.randn(base.hidden_size, 4)
-
-    def added(variant, **options):
-        """What the adapters add to the frozen block."""
-        layer = wrap_moe(moe, PerftConfig(variant, rank=4, dropout=0.0, **options), base, 0)
-        layer.adapters.A.data[:] = A
-        layer.adapters.B.data[:] = B
-        return layer(x)[0] - moe(x)[0]
-
-    single = added("perft_s")
-    same = {
-        "R (Top1/1) = S": added("perft_r", num_adapters=1, top_k=1),
-        "R (Top2/4), renormalised = S": added("perft_r"),
-        "D (4) = 4 S": added("perft_d") / 4,
-        "E, renormalised = S": added("perft_e"),
-    }
-    print("\nequal adapters (largest difference, relative)")
-    for name, y in same.items():
-        print(f"  {name:30} {(y - single).abs().max() / single.abs().max():.1e}")
 
 
 def lesson():
     from data.hub import make_config
     from model import EMBEDDED, Config
 
-    olmoe = make_config(OLMOE_1B_7B, Config)
-    lesson_parameters("OLMoE-1B-7B", olmoe)
-    lesson_parameters("Mixtral-8x7B", make_config(MIXTRAL_8X7B, Config))
-    lesson_parameters("data/tiny_olmoe", Config.from_folder(EMBEDDED))
-    small = {"hidden_size": 32, "intermediate_size": 16, "num_experts": 8, "head_dim": None}
-    lesson_identities(replace(olmoe, **small, norm_topk_prob=True))
+    bases = {
+        "OLMoE-1B-7B": make_config(OLMOE_1B_7B, Config),
+        "Mixtral-8x7B": make_config(MIXTRAL_8X7B, Config),
+        "data/tiny_olmoe": Config.from_folder(EMBEDDED),
+    }
+    for name, base in bases.items():
+        lesson_parameters(name, base)
 
 
-def main(argv=()):
-    from data import run
-
-    parser = run.Parser(description="Without arguments: what each variant trains, and identities.")
-    commands = parser.add_subparsers(dest="command", parser_class=run.Parser)
+def main(argv=None):
     about = "fold a LoRA into its base's weights, and write them as a Hugging Face folder"
-    merging = commands.add_parser("merge", help=about, description=about)
-    merging.add_argument("run", metavar="RUN_FOLDER", help="of train.py, or an adapter of PEFT's")
-    merging.add_argument("folder", metavar="NEW_FOLDER")
-    merging.add_argument("base", metavar="BASE", nargs="?", help="(the run's)")
-    args = parser.parse_args(argv)
-    if args.command:
-        merge_run(Path(args.run), Path(args.folder), args.base)
-    else:
-        lesson()
-
-
-def merge_run(folder: Path, new: Path, base: str | None):
-    """Merge what train.py saved in `folder`."""
-    from data import run
-    from model import DTYPES, EMBEDDED, MoETransformer
-
-    if new.exists() and (not new.is_dir() or any(new.iterdir())):
-        raise ValueError(f"{new} already exists and is not an empty folder; merge writes a new one")
-    file = folder / "config.json"  # absent where save_adapter was called by hand
-    settings = run.read_json(file, base=str, dtype=str) if file.exists() else {}
-    base = base or settings.get("base") or EMBEDDED
-    dtype = settings.get("dtype") or "float32"
-    if dtype not in DTYPES:
-        raise ValueError(f"{file}: dtype is {run.shown(dtype)}; choose from {', '.join(DTYPES)}")
-    model = load_adapter(MoETransformer.from_pretrained(base, DTYPES[dtype]), folder)
-    write_folder(merge(model), new, base)
-    print(f"wrote {new}: {base} with the LoRA of {folder}")
+    script(argv, lesson, "merge", about, lambda base, run: merge(load_adapter(base, run)))
 
 
 if __name__ == "__main__":
-    import sys
-
-    from data import run
-
-    run.command(main)(sys.argv[1:])
+    run.command(main)()

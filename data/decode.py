@@ -38,9 +38,8 @@ class KVCache:
         """Store k, v (B, heads, T, C) behind what is there; return all S of the layer."""
         end = self.used + k.shape[2]
         seen = self.stored[layer, ..., :end, :]  # (2, B, H, S, C)
-        seen[0, :, :, self.used :] = k
-        seen[1, :, :, self.used :] = v
-        return seen[0], seen[1]
+        seen[..., self.used :, :] = torch.stack((k, v))
+        return seen.unbind()
 
     def select(self, rows):
         """Keep these batch rows, in this order (a beam search follows some and drops others)."""
@@ -137,9 +136,8 @@ def grow(running, logits, length, keep):
     running: for each of B prompts its beams, equally many. logits: of their next tokens (B*W, V).
     """
     B, W, V = len(running), len(running[0]), logits.shape[-1]
-    so_far = [[beam.score for beam in beams] for beams in running]
-    so_far = torch.tensor(so_far, device=logits.device).view(B * W, 1)
-    scores = so_far + logits.log_softmax(-1)
+    so_far = torch.tensor([[beam.score] for beam in sum(running, [])], device=logits.device)
+    scores = so_far + logits.log_softmax(-1)  # (B*W, 1) + (B*W, V)
     scores, places = scores.view(B, W * V).topk(min(keep, W * V))
     places, means, scores = places.tolist(), (scores / length).tolist(), scores.tolist()
     grown = [[] for _ in running]
@@ -165,7 +163,7 @@ def beam_search(model, prompts, max_new_tokens, num_beams):
     start = Beam([], 0.0, 0.0, 0)  # of each prompt one empty beam, which will branch
     running = [[start] for _ in prompts]
     finished = [[] for _ in prompts]  # at most W of each, best first
-    hopeful = [True for _ in prompts]  # may a running beam still win?
+    hopeful = [True] * len(prompts)  # may a running beam still win?
 
     for length in range(1, max_new_tokens + 1):
         is_last = length == max_new_tokens

@@ -32,7 +32,7 @@ BASES = {
     "olmoe": OLMOE,
     "olmoe_tied": OLMOE | {"tie_word_embeddings": True},
     "mixtral": TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-    # rows of 28 or 14 bytes: only the loop can run them
+    # rows of 28 or 14 bytes, which F.grouped_mm does not take
     "no_grouped_mm": OLMOE | {"intermediate_size": 7},
 }
 every_base = pytest.mark.parametrize("base", BASES)
@@ -328,13 +328,10 @@ def test_before_training_the_model_is_the_base_bit_for_bit(base, dtype):
 
 
 @every_base
-@pytest.mark.parametrize("path", ["grouped", "loop"])
-def test_gradients_of_the_chosen_are_those_of_full_fine_tuning(base, path):
+def test_gradients_of_the_chosen_are_those_of_full_fine_tuning(base):
     """The same loss on the plain model with everything trainable; the input's gradient shows in the
     embeddings."""
     full, model = make_model(base).requires_grad_(True), apply_esft(make_model(base), CHOSEN)
-    for block in model.layers:
-        block.moe.experts.path = path
     model.embed_tokens.weight.requires_grad_(True)
     for m in (full, model):
         m(IDS, labels=IDS).loss.backward()
@@ -360,11 +357,9 @@ def test_the_gradient_of_the_input_passes_through_frozen_experts():
     assert all(torch.equal(a, b) and a.any() for a, b in zip(*grads))
 
 
-@pytest.mark.parametrize("path", ["grouped", "loop"])
-def test_an_expert_without_tokens_has_a_gradient_of_zero(path):
+def test_an_expert_without_tokens_has_a_gradient_of_zero():
     """Not None and not NaN: expert 3 is never asked, expert 0 is; and so with no tokens at all."""
     layer = esft.ChosenExperts(make_model().layers[0].moe.experts, [3, 0])
-    layer.path = path
     routing = Routing(None, torch.ones(4, 2), torch.tensor([[0, 1], [2, 0], [0, 5], [4, 1]]))
     layer(torch.randn(4, 16), routing).sum().backward()
     for p in (layer.gate_up_proj, layer.down_proj):
@@ -559,7 +554,7 @@ def test_the_options_train_the_router_or_all_that_is_no_expert():
         assert model.layers[0].moe.router.weight.dtype == torch.float32
     model = apply_esft(make_model(), CHOSEN, train_non_experts=True)
     assert all(p.requires_grad != ("_bank" in name) for name, p in model.named_parameters())
-    with pytest.raises(ValueError, match="torch.bfloat16 loses small steps; load it in float32"):
+    with pytest.raises(ValueError, match="torch.bfloat16 would lose small steps; .* in float32"):
         apply_esft(make_model(dtype=torch.bfloat16), CHOSEN, train_non_experts=True)
 
 
@@ -591,15 +586,16 @@ def test_a_choice_that_the_model_does_not_have_is_an_error_and_leaves_it_alone(
     assert "\n" not in str(error.value) and "expert_cfg.json" in str(error.value)
 
 
-def test_a_model_that_carries_something_already_is_refused():
+def test_a_model_that_carries_something_already_is_refused(tmp_path):
     model = apply_esft(make_model(), CHOSEN)
-    for again in (lambda: apply_esft(model, CHOSEN), lambda: load(model, ".")):
+    save(model, tmp_path)
+    for again in (lambda: apply_esft(model, CHOSEN), lambda: load(model, tmp_path)):
         with pytest.raises(ValueError, match="already carries adapters; load the base again"):
             again()
     adapted = perft.apply_perft(make_model(), "perft_s")
     for early in (lambda m: save(m, "."), lambda m: export(m, ".")):
         for other in (make_model(), adapted):
-            with pytest.raises(ValueError, match="call apply_esft or load first"):
+            with pytest.raises(ValueError, match="apply_esft or load first"):
                 early(other)
     with pytest.raises(ValueError, match="carries no adapters"):
         perft.save_adapter(model, ".")
@@ -774,7 +770,7 @@ def test_export_writes_into_a_new_or_empty_folder_only(tmp_path):
         export(model, tmp_path / "empty")
     with pytest.raises(OSError, match="nowhere"):
         export(model, tmp_path / "other", tmp_path / "nowhere")
-    assert not any((tmp_path / "other").iterdir())
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["base_of_the_run", "base_named"])
@@ -795,7 +791,7 @@ def test_the_export_command_writes_a_folder_that_transformers_loads_with_the_sam
     if named:
         folders.append(base)
     esft_command(["export", *map(str, folders)])
-    where = f"{base} with the experts of {tmp_path / 'run'}"
+    where = f"{base} with what {tmp_path / 'run'} trained"
     assert capsys.readouterr().out == f"wrote {tmp_path / 'new'}: {where}\n"
     assert (tmp_path / "new" / "tokenizer.json").read_text() == "{}"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()
@@ -813,8 +809,8 @@ def test_the_export_command_takes_the_embedded_base_where_the_run_names_none(
     save(model, tmp_path / "run")
     if config is not None:
         (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    esft.export_run(tmp_path / "run", str(tmp_path / "new"), None)
-    assert f"{EMBEDDED} with the experts of {tmp_path / 'run'}" in capsys.readouterr().out
+    esft_command(["export", str(tmp_path / "run"), str(tmp_path / "new")])
+    assert f"{EMBEDDED} with what {tmp_path / 'run'} trained" in capsys.readouterr().out
     files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {file.name for file in (tmp_path / "new").iterdir()} == files
 
@@ -870,7 +866,7 @@ def edited(tmp_path, change):
     (tmp_path / "expert_cfg.json").write_text(json.dumps(content))
 
 
-BOTH = "expert_cfg.json and expert_weights.safetensors"
+WEIGHTS = "expert_weights.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -901,11 +897,11 @@ BOTH = "expert_cfg.json and expert_weights.safetensors"
         ),
         (
             lambda c: c["experts"].update({"0": [3, 0, 5]}),
-            rf"{BOTH}: 3 tensors are missing: .*experts.5.down_proj.weight",
+            rf"{WEIGHTS}: 3 tensors are missing: .*experts.5.down_proj.weight",
         ),
         (
             lambda c: c.update(router=True),
-            rf"{BOTH}: 2 tensors are missing: .*mlp.gate.weight",
+            rf"{WEIGHTS}: 2 tensors are missing: .*mlp.gate.weight",
         ),
         (
             lambda c: c["base"].update(num_experts=64),
@@ -941,10 +937,9 @@ def test_weights_of_another_shape_or_another_base_are_refused(tmp_path):
         load(make_model(), tmp_path)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_trained_weight_that_is_no_finite_number_is_refused_by_name(value, tmp_path):
-    """NaN and infinities, and a double that a float32 model cannot hold; the model stays as it
-    was."""
+    """NaN and infinities; the model stays as it was."""
     save(apply_esft(make_model(), CHOSEN), tmp_path)
     file = tmp_path / "expert_weights.safetensors"
     tensors = {name: t.double() for name, t in SafetensorsFile(file).items()}
@@ -952,7 +947,7 @@ def test_a_trained_weight_that_is_no_finite_number_is_refused_by_name(value, tmp
     tensors[name][3, 4] = value
     hub.write_tensors(file, {name: Place(t) for name, t in tensors.items()})
     model = make_model()
-    with pytest.raises(ValueError, match=rf"{file}: tensor {name} has numbers that are not finite"):
+    with pytest.raises(ValueError, match=rf"{file}: tensor .{name}. holds numbers that are not"):
         load(model, tmp_path)
     assert torch.equal(logits(model), logits(make_model())) and apply_esft(model, CHOSEN)
 
