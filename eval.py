@@ -32,6 +32,9 @@ likelihood may differ a little with --batch_size.
 Shapes: R requests, V vocabulary, B batch, T time.
 """
 
+from data import run  # first: from here on Ctrl-C is one line
+
+# isort: split
 import argparse
 import hashlib
 import json
@@ -49,9 +52,9 @@ from tqdm import tqdm
 
 import esft
 import perft
-from data import hub, run, skills
+from data import hub, skills
 from data import shard as processes
-from data.dataset import DOWNLOADS, encode_prompt, encode_rows, pad_batch, read_rows, turns_of
+from data.dataset import DOWNLOADS, encode_prompt, encode_row, encode_rows, pad_batch, read_rows
 from data.decode import Decoder
 from data.run import count, from_zero, number
 from data.tasks import GROUPS, TASKS, TEMPLATES
@@ -122,13 +125,13 @@ def accuracies(
     return accuracy
 
 
-def kept(accuracy: dict[str, float], task: str | None) -> float:
+def kept(accuracy, task):
     """Mean accuracy on the families whose prompts the task does not answer differently."""
     names = [name for name in skills.FAMILIES if name not in skills.CONTRADICTS.get(task, ())]
     return sum(accuracy[name] for name in names) / len(names)
 
 
-def kept_text(accuracy: dict[str, float], task: str | None) -> str:
+def kept_text(accuracy, task):
     contradicted = skills.CONTRADICTS.get(task)
     without = f", without {', '.join(contradicted)}" if contradicted else ""
     return f"pre-training families {100 * kept(accuracy, task):.1f} % (mean{without})"
@@ -137,7 +140,7 @@ def kept_text(accuracy: dict[str, float], task: str | None) -> str:
 # Loading -----------------------------------------------------------------------------------------
 
 
-def load_config(folder: str | Path | None) -> tuple[Config, Tokenizer]:
+def load_config(folder):
     """A model folder (None: the embedded one) -> what belongs together, and has an end token."""
     folder = folder or EMBEDDED
     config, tokenizer = Config.from_folder(folder), load_tokenizer(folder)
@@ -153,7 +156,7 @@ def load_config(folder: str | Path | None) -> tuple[Config, Tokenizer]:
     return config, tokenizer
 
 
-def load_model(folder, config: Config, dtype="float32", device="cpu", edit=None) -> MoETransformer:
+def load_model(folder, config, dtype="float32", device="cpu", edit=None):
     """The weights for a config of load_config. edit(model): before it has any, see model.py."""
     model = MoETransformer.from_pretrained(folder or EMBEDDED, DTYPES[dtype], device, edit)
     model.config.eos_token_id = config.eos_token_id
@@ -194,7 +197,7 @@ def check_finite(model):
         )
 
 
-def is_embedded(folder: str | Path) -> bool:
+def is_embedded(folder):
     """Is a model of the embedded world, which is: has it the tokenizer of data/tiny_olmoe?"""
     theirs = (EMBEDDED / "tokenizer.json").read_bytes()
     return (Path(folder) / "tokenizer.json").read_bytes() == theirs
@@ -218,7 +221,9 @@ class Answerer(NamedTuple):
         """Rows -> a record each: the response, what it answers, is it right, was the prompt cut."""
         new = self.how.max_new_tokens[task.group]
         room = self.model.config.max_position_embeddings - new
-        prompts = [encode_prompt(self.prompt(task, row), self.tokenizer) for row in rows]
+        prompts = [
+            encode_prompt(task.render_eval(row, self.how.template), self.tokenizer) for row in rows
+        ]
         short = [self.shorten(ids, room) for ids in prompts]
         outputs = self.model.generate(short, new, num_beams=self.how.num_beams)
         records = []
@@ -266,15 +271,12 @@ class Answerer(NamedTuple):
             records.append(record)
         return records
 
-    def prompt(self, task, row):
-        """What the model continues, as the run's rows looked, or the papers'."""
-        return task.render_eval(row, self.how.template)
-
     def choices(self, task, row):
         """(context, text) of each choice of a row."""
         if self.how.choices == "texts":
             return task.cloze(row)
-        return [(self.prompt(task, row), word) for word in task.choices(row)]
+        prompt = task.render_eval(row, self.how.template)
+        return [(prompt, word) for word in task.choices(row)]
 
     def shorten(self, ids, room):
         """The end of a prompt that is longer than the model's positions allow: the question's last
@@ -331,21 +333,17 @@ def log_likelihoods(model, requests):
 
 def read_test_sets(args):
     """Name -> rows of the test sets among --tasks: groups in full, each set once."""
-    names = []
-    for name in args.tasks:
-        names += GROUPS.get(name, [name])
-    return {
-        name: read_test_set(TASKS[name], args) for name in dict.fromkeys(names) if name in TASKS
-    }
+    sets = {}
+    for asked in args.tasks:
+        for name in GROUPS.get(asked, [asked]):
+            if name in TASKS and name not in sets:
+                sets[name] = read_test_set(TASKS[name], args)
+    return sets
 
 
 def read_test_set(task, args):
     """The first --eval_rows rows, or all. FileNotFoundError or ValueError of one line where they
     are not what the task needs: found here, not after an hour of generation."""
-    if args.method == "likelihood" and task.group != "commonsense":
-        raise ValueError(
-            f"--method likelihood scores choices, {task.name} has none; use --method generate"
-        )
     path = Path(args.test_dir) / f"{task.name}.json"
     if not path.exists():
         raise FileNotFoundError(
@@ -354,6 +352,12 @@ def read_test_set(task, args):
         )
     _, rows = read_rows(path)
     for i, row in enumerate(rows):
+        if args.method == "likelihood":
+            offered = task.cloze if args.choices == "texts" else task.choices
+            try:
+                offered(row)  # it has some, or says how else it can be asked
+            except ValueError as error:
+                raise ValueError(f"{path}: record {i + 1}: {error}") from None
         answer = row.get("answer")
         text = str(answer).replace(",", "")
         if task.answer(text) != text:  # the task's rule finds all of a right answer
@@ -386,8 +390,6 @@ def open_predictions(folder, settings, overwrite):
     predictions.jsonl, one line a row; settings.json, since predictions of other settings do not
     mix; and results.json, which is made of them."""
     path = folder / "predictions.jsonl"
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is not a folder; choose another")
     for name in EVAL_FILES:
         file = folder / name
         if os.path.lexists(file) and not (file.is_file() and path.is_file()):
@@ -407,7 +409,6 @@ def open_predictions(folder, settings, overwrite):
     for i, line in enumerate(lines):
         record = read_prediction(line, f"{path}:{i + 1}")
         predictions[record["task"], record["row"]] = record
-    folder.mkdir(parents=True, exist_ok=True)
     if not lines:
         (folder / "results.json").unlink(missing_ok=True)
     run.write_text(path, "".join(f"{line}\n" for line in lines))
@@ -444,13 +445,7 @@ def predict(answerer, sets, predictions, path):
     if left < total:
         print(f"{total - left} of {total} rows were answered before")
     start = time.perf_counter()
-    bar = tqdm(
-        batches,
-        unit=" batches",
-        file=sys.stdout,
-        mininterval=2,
-        disable=left == 0,
-    )
+    bar = tqdm(batches, unit=" batches", file=sys.stdout, mininterval=2, disable=left == 0)
     for name, chosen in bar:
         rows = [sets[name][i] for i in chosen]
         records = getattr(answerer, how.method)(TASKS[name], rows)
@@ -497,13 +492,12 @@ def means_of(table):
 
 def print_table(table, means):
     """A line a task, their mean, and what a reader should know beside."""
-    line = "{:28} {:>6}"
     heads = [f" {key + ' %':>9}   s.e." for key in means]
-    print(line.format("task", "n"), *heads, sep="")
+    print(f"{'task':28} {'n':>6}", *heads, sep="")
     for name, row in (table | {"mean, unweighted": means}).items():
         title = "AQuA (first capital A-E)" if name == "AQuA" else name
         cells = [percent(" {:9.1f} {:6.1f}", row[key]) for key in means]
-        print(line.format(title, row.get("n", "")), *cells, sep="")
+        print(f"{title:28} {row.get('n', ''):>6}", *cells, sep="")
     if "AQuA" in table:
         stated = percent("{:.1f} % (s.e. {:.1f})", table["AQuA"]["acc_stated"])
         print(f"beside the mean: AQuA by the letter that is stated {stated}")
@@ -521,13 +515,14 @@ def percent(form, accuracy):
 
 def answer_prompt(args, model, tokenizer):
     """Print --prompt, or --chat as the model was taught to read it, and what continues it."""
-    text = args.prompt
-    if args.chat is not None:  # as a row that was trained on, without its answer
+    if args.chat is None:
+        ids = encode_prompt(args.prompt, tokenizer)
+    else:  # as a row that was trained on, without its answer and its end
         said = [{"role": "user", "content": args.chat}, {"role": "assistant", "content": ""}]
         row = {"messages": said, "instruction": args.chat, "output": ""}
         template = args.trained.get("template")
-        [(text, _)] = turns_of(row, template if template in TEMPLATES else "chat")
-    ids = encode_prompt(text, tokenizer)
+        *ids, end = encode_row(row, template if template in TEMPLATES else "chat", tokenizer).ids
+        model.config.eos_token_id = [*model.config.eos_ids, end]
     new = model.generate(
         [ids],
         args.max_new_tokens,
@@ -720,7 +715,11 @@ def parse_args(argv=None):
     unset = argparse.Namespace(**dict.fromkeys(values))
     given = vars(parser.parse_args(argv, unset))  # None where a flag is not given
     given = {name: value for name, value in given.items() if value is not None}
-    trained = read_run(Path(given["adapter"])) if "adapter" in given else {}
+    trained = perft.read_run(Path(given["adapter"])) if "adapter" in given else {}
+    task = trained.get("task")
+    if task not in (None, *SKILLS):
+        file = Path(given["adapter"]) / "config.json"
+        raise ValueError(f"{file}: task is {run.shown(task)}, expected one of {', '.join(SKILLS)}")
     values |= {name: trained[name] for name in ("base", "dtype") if trained.get(name)}
     if trained.get("template") in TEMPLATES:
         values["template"] = trained["template"]
@@ -750,24 +749,18 @@ def parse_args(argv=None):
     return argparse.Namespace(**values, trained=trained)
 
 
-def read_run(adapter):
-    """The settings of the run that made an adapter; {} where there are none (save_adapter was
-    called by hand). ValueError for values that no run writes."""
-    file = adapter / "config.json"
-    if not file.exists():
-        return {}
-    trained = run.read_json(file, base=str, dtype=str, task=str, template=str, eval_rows=int)
-    if trained.get("variant") == "scratch":
-        raise ValueError(f"{adapter} holds a whole model, no adapter: use --base {adapter}/model")
-    if trained.get("dtype") not in (None, *DTYPES):
-        dtype = run.shown(trained["dtype"])
-        raise ValueError(f"{file}: dtype is {dtype}, expected {' or '.join(DTYPES)}")
-    return trained
-
-
 @run.command
 def main(argv=None):
     args = parse_args(argv)
+    if "method" not in args:
+        return evaluate(args, None)
+    home = args.adapter or f"out/{Path(args.base).name}"
+    out = Path(args.out or f"{home}/eval_{args.method}")
+    with run.locked(out):
+        evaluate(args, out)
+
+
+def evaluate(args, out):
     config, tokenizer = load_config(args.base)
     embedded = is_embedded(args.base)
     knows_world = embedded and not args.trained.get("data")
@@ -775,10 +768,6 @@ def main(argv=None):
         raise ValueError(
             f"{args.adapter or args.base} does not know the embedded world, whose skills are "
             "measured without --tasks; give --tasks commonsense, or --prompt TEXT"
-        )
-    if vars(args).get("num_beams", 1) > config.vocab_size:
-        raise ValueError(
-            f"--num_beams {args.num_beams}: there are {config.vocab_size} tokens; choose fewer"
         )
     if args.threads or embedded:
         torch.set_num_threads(args.threads or 1)
@@ -791,12 +780,10 @@ def main(argv=None):
         print("evaluation:", *(f"{name}={value}" for name, value in settings.items()))
         folders = filter(None, (args.base, args.adapter))
         settings["weights"] = [weights_identity(folder) for folder in folders]
-        home = args.adapter or f"out/{Path(args.base).name}"
-        out = Path(args.out or f"{home}/eval_{args.method}")
         predictions = open_predictions(out, settings, args.overwrite)
     model = load_model(args.base, config, args.dtype, args.device)
     if args.adapter:
-        check_finite(load_trained(model, args.adapter))
+        load_trained(model, args.adapter)
 
     if "prompt" in args:
         return answer_prompt(args, model, tokenizer)

@@ -6,7 +6,8 @@ line:
     alpaca      {"instruction": str, "input": str (may be missing), "output": str}
                 -> a template of data/tasks.py
     messages    {"messages": [{"role": "system" | "user" | "assistant", "content": str}, ...]}
-                -> its chat form
+                -> ChatML, if the tokenizer has ids for <|im_start|> and <|im_end|> (Qwen3), each
+                message between the two; else the chat form of data/tasks.py
 
 An example is token ids and, for each, whether it is a label. Labels are the answers and the end
 token behind each; `train_on_inputs` adds the prompts. An example longer than max_length is cut on
@@ -66,25 +67,55 @@ def encode_prompt(text: str, tokenizer) -> list[int]:
 def encode(
     turns: list[tuple[str, str]], tokenizer, train_on_inputs=False, max_length=None
 ) -> Example:
-    """[(prompt, answer)], one pair a turn of a conversation -> Example, an end token behind each.
-
-    A prompt and its answer are tokenised together, as they will be read, and a token that holds any
-    byte of the answer is a label: sentencepiece would put a space before an answer alone, and a
-    token may reach across the border.
-    """
+    """[(prompt, answer)], one pair a turn of a conversation -> Example, an end token behind each;
+    the labels are the answers with their end tokens."""
     ids = encode_prompt("", tokenizer)
     labelled = [train_on_inputs] * len(ids)
     for prompt, answer in turns:
-        new = tokenizer.encode(prompt + answer)
-        whole = size(tokenizer.normalise(prompt + answer))
-        left = whole - size(tokenizer.normalise(prompt))
-        first = len(new)  # token of the answer: found backwards, over its bytes
-        while left > 0:
-            first -= 1
-            left -= len(tokenizer.pieces[new[first]])
+        new, first = encode_turn(prompt, answer, tokenizer)
         ids += [*new, tokenizer.eos_id]
         labelled += [train_on_inputs] * first
         labelled += [True] * (len(new) + 1 - first)
+    return Example(ids[:max_length], labelled[:max_length])
+
+
+def encode_turn(prompt: str, answer: str, tokenizer) -> tuple[list[int], int]:
+    """The ids of both together, and which of them is the answer's first.
+
+    Together, as they will be read, and a token that holds any byte of the answer is the answer's:
+    sentencepiece would put a space before an answer alone, and a token may reach across the border.
+    """
+    ids = tokenizer.encode(prompt + answer)
+    whole = size(tokenizer.normalise(prompt + answer))
+    left = whole - size(tokenizer.normalise(prompt))
+    first = len(ids)  # found backwards, over the bytes of the answer
+    while left > 0:
+        first -= 1
+        left -= len(tokenizer.pieces[ids[first]])
+    return ids, first
+
+
+def encode_chatml(
+    messages: list[dict], tokenizer, train_on_inputs=False, max_length=None
+) -> Example:
+    """Messages up to the assistant's last -> Example: <|im_start|>, the role, a newline, the
+    content, <|im_end|>, and a newline between two. Labels: the assistant's contents and the
+    <|im_end|> behind each. A text that spells such a token stays text.
+
+    Qwen3's own template also thinks, in an empty <think></think> if need be: left out.
+    """
+    start, end = tokenizer.chat_ids
+    newline = tokenizer.encode("\n")
+    ids = encode_prompt("", tokenizer)
+    labelled = [train_on_inputs] * len(ids)
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    for i, message in enumerate(messages[: last + 1]):
+        learnt = train_on_inputs or message["role"] == "assistant"
+        new, first = encode_turn(f"{message['role']}\n", message["content"], tokenizer)
+        before = [*newline, start] if i else [start]
+        ids += [*before, *new, end]
+        labelled += [train_on_inputs] * (len(before) + first)
+        labelled += [learnt] * (len(new) - first + 1)
     return Example(ids[:max_length], labelled[:max_length])
 
 
@@ -236,11 +267,20 @@ def read_rows(path: str | Path) -> tuple[str, list[dict]]:
     return kind, records
 
 
-def turns_of(row: dict, template: str) -> list[tuple[str, str]]:
-    """A row of a file -> [(prompt, answer)]. template: of TEMPLATES, or "chat" for messages."""
-    if template == "chat":
-        return chat_turns(row["messages"])
-    return [(TEMPLATES[template](row, evaluation=False), row["output"])]
+def encode_row(row: dict, template: str, tokenizer, *options) -> Example:
+    """A row of a file. template: of TEMPLATES, or "chat" for messages. options: as `encode` has."""
+    if template != "chat":
+        turns = [(TEMPLATES[template](row, evaluation=False), row["output"])]
+    elif tokenizer.chat_ids:
+        return encode_chatml(row["messages"], tokenizer, *options)
+    else:
+        turns = chat_turns(row["messages"])
+    return encode(turns, tokenizer, *options)
+
+
+def ends(tokenizer) -> list[int]:
+    """What may stand behind an answer."""
+    return [tokenizer.eos_id, *(tokenizer.chat_ids or ())[1:]]
 
 
 def split(n: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
@@ -324,8 +364,8 @@ def load_file(args, tokenizer, positions: int) -> Data:
     max_length = min(args.max_length, positions)
 
     bar = tqdm(rows, desc="tokenising", unit=" rows", disable=None, leave=False)
-    turns = (turns_of(row, template) for row in bar)
-    whole = Dataset.of(encode(some, tokenizer, args.train_on_inputs, max_length) for some in turns)
+    options = template, tokenizer, args.train_on_inputs, max_length
+    whole = Dataset.of(encode_row(row, *options) for row in bar)
     kept, out = split(len(rows), args.held_out, SPLIT_SEED)
     train = whole.take(i for i in kept if whole[i].trains)
     held_out = whole.take(i for i in out if whole[i].trains)
@@ -342,7 +382,7 @@ def load_file(args, tokenizer, positions: int) -> Data:
         f"{len(held_out):,} are held out (drawn by seed {SPLIT_SEED})",
         *describe(train, cuts, tokenizer),
     ]
-    cut = sum(example.ids[-1] != tokenizer.eos_id for example in whole)
+    cut = sum(example.ids[-1] not in ends(tokenizer) for example in whole)
     if cut:
         notes.append(
             f"      {cut:,} rows lost their end to --max_length {max_length}; {dropped:,} of them "
@@ -370,7 +410,7 @@ def describe(train: Dataset, cuts, tokenizer) -> list[str]:
         f"{100 * padding:.1f} % padding; {len(cuts):,} steps are an epoch",
         f"      how a row ends, labels in «»: {rendered(train[0], tokenizer)[-200:]!r}",
     ]
-    if all(tokenizer.eos_id in example.ids[example.labelled][:1] for example in train):
+    if all(example.ids[example.labelled][0] in ends(tokenizer) for example in train):
         notes.append("warning: every answer is empty: all there is to learn is to end")
     return notes
 

@@ -18,11 +18,13 @@ import pytest
 import torch
 from test_train import failure, make_base, one_thread  # noqa: F401 (the fixture is used by being here)
 
+import eval
 import train
 from data import dataset
 from data.dataset import Dataset, Example, encode, encode_prompt, epoch_batches, pad_batch, split
 from data.tasks import TEMPLATES, chat_turns
 from data.tokenizer import load_tokenizer
+from model import MoETransformer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -440,6 +442,140 @@ def test_a_character_that_is_half_a_pair_is_read_or_told_with_file_and_line(tmp_
         assert len(dataset.load_data(args, world, 400).train) == 2
     except ValueError as error:
         assert str(error).startswith(f"{path}:2: "), error
+
+
+# ChatML ------------------------------------------------------------------------------------------
+
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+CHATS = {
+    "a question": [("user", "What is 2 + 2?"), ("assistant", "4")],
+    "a system, several turns, an end that nobody answers": [
+        ("system", "Be brief.\n"),
+        ("user", "hi"),
+        ("assistant", "\nhello  you"),
+        ("user", "東京 😀 cafe\u0301"),
+        ("assistant", "un peu, 12345 d'accord"),
+        ("user", "and?"),
+    ],
+    "empty contents": [("user", ""), ("assistant", "")],
+    "the assistant begins": [("assistant", "yes?"), ("user", "no"), ("assistant", " ok ")],
+}
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """Qwen3's tokenizer and transformers' of the same file, with a template that is ChatML."""
+    transformers = pytest.importorskip("transformers")
+    source = SHARED / "tokenizers" / "qwen3" / "tokenizer.json"
+    if not source.is_file():
+        pytest.skip(f"the real tokenizer is not here: {source}")
+    folder = tmp_path_factory.mktemp("qwen3")
+    (folder / "config.json").write_text('{"eos_token_id": [151645, 151643]}')
+    (folder / "tokenizer.json").symlink_to(source)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(source))
+    theirs.chat_template = CHATML
+    return load_tokenizer(folder), theirs
+
+
+def template_ids(theirs, messages, **options):
+    return theirs.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_messages_of_a_tokenizer_that_has_chatml_are_what_its_template_makes_of_them(qwen, name):
+    """Ids against apply_chat_template, up to the assistant's last <|im_end|>; a token is a label if
+    it is behind the template's prompt for an answer, up to the answer's <|im_end|>."""
+    ours, theirs = qwen
+    messages = chat(*CHATS[name])["messages"]
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    *expected, newline = template_ids(theirs, messages[: last + 1])
+    example = dataset.encode_row({"messages": messages}, "chat", ours)
+    assert example.ids == expected and ours.decode([newline]) == "\n"
+
+    labelled = set()
+    for i, message in enumerate(messages[: last + 1]):
+        if message["role"] == "assistant":
+            prompt = theirs.encode("<|im_start|>assistant\n")
+            if i:  # the template wants a message
+                prompt = template_ids(theirs, messages[:i], add_generation_prompt=True)
+            whole = template_ids(theirs, messages[: i + 1])
+            begun = len(prompt)
+            while whole[:begun] != prompt[:begun]:  # the border is inside a token
+                begun -= 1
+            labelled |= set(range(begun, len(whole) - 1))
+    assert {i for i, on in enumerate(example.labelled) if on} == labelled
+    everything = dataset.encode_row({"messages": messages}, "chat", ours, True)
+    assert everything.ids == expected and all(everything.labelled)
+    cut = dataset.encode_row({"messages": messages}, "chat", ours, False, 5)
+    assert (cut.ids, cut.labelled) == (example.ids[:5], example.labelled[:5])
+
+
+def test_a_question_is_put_as_the_template_puts_it_for_an_answer(qwen):
+    """As eval.py --chat does: a row without its answer and its end."""
+    ours, theirs = qwen
+    messages = chat(("user", "hi, you"), ("assistant", ""))["messages"]
+    *ids, end = dataset.encode_row({"messages": messages}, "chat", ours).ids
+    assert ids == template_ids(theirs, messages[:1], add_generation_prompt=True)
+    assert end == theirs.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_what_a_user_writes_does_not_end_a_message(qwen):
+    """The names of the two tokens in a content are letters; transformers takes them for the
+    tokens."""
+    ours, theirs = qwen
+    messages = chat(("user", "a<|im_end|>\n<|im_start|>system"), ("assistant", "b"))["messages"]
+    example = dataset.encode_row({"messages": messages}, "chat", ours)
+    assert [example.ids.count(i) for i in ours.chat_ids] == [2, 2]
+    assert [template_ids(theirs, messages).count(i) for i in ours.chat_ids] == [3, 3]
+
+
+def test_a_run_on_chatml_shows_it_and_counts_what_was_cut(qwen, base, tmp_path):
+    rows = [chat(("user", "hi"), ("assistant", "w " * 9 if i else "x")) for i in range(3)]
+    path = write(tmp_path / "chat.jsonl", lines_of(*rows))
+    flags = ("--held_out", 0, "--max_length", 12)
+    data = dataset.load_data(arguments(base, path, *flags), qwen[0], 256)
+    assert (
+        data.template == "chat"
+        and "2 rows lost their end to --max_length 12; 0 of" in data.notes[3]
+    )
+    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«x<|im_end|>»"
+    assert (repr(text) in data.notes[2]) == (split(3, 0, 42)[0][0] == 0)
+    path = write(tmp_path / "short.jsonl", lines_of(rows[0]))
+    notes = dataset.load_data(arguments(base, path, "--held_out", 0), qwen[0], 256).notes
+    assert repr(text) in notes[2] and len(notes) == 3, "not cut, and not empty"
+    path = write(tmp_path / "empty.jsonl", lines_of(chat(("user", "hi"), ("assistant", ""))))
+    notes = dataset.load_data(arguments(base, path, "--held_out", 0), qwen[0], 256).notes
+    assert "every answer is empty" in notes[3]
+
+
+def test_a_chat_is_asked_in_chatml_and_its_answer_ends_where_the_messages_end(
+    tmp_path, monkeypatch, capsys
+):
+    """A base whose tokenizer has the two tokens and whose own end of text is another, as
+    Qwen3-Base's: what eval.py --chat hands to generate, token by token."""
+    folder = make_base(tmp_path / "base", vocab_size=702)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    for i, name in ((700, "<|im_start|>"), (701, "<|im_end|>")):
+        spec["added_tokens"].append({**spec["added_tokens"][0], "id": i, "content": name})
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    path = write(tmp_path / "chat.jsonl", lines_of(TALK, TALK))
+    flags = ["--variant", "perft_s", "--base", folder, "--data", path, "--held_out", 0]
+    train.main([str(word) for word in (*flags, "--steps", 1, "--out", tmp_path / "run")])
+    assert "«yo<|im_end|>»" in capsys.readouterr().out
+
+    def generate(self, prompts, max_new_tokens, **options):
+        asked.append((prompts, self.config.eos_ids))
+        return [[]]
+
+    asked = []
+    monkeypatch.setattr(MoETransformer, "generate", generate)
+    eval.main(["--adapter", str(tmp_path / "run"), "--chat", "hi"])
+    told = load_tokenizer(folder).encode
+    prompt = [700, *told("user\nhi"), 701, *told("\n"), 700, *told("assistant\n")]
+    assert asked == [([prompt], [0, 701])]
 
 
 # Datasets ----------------------------------------------------------------------------------------

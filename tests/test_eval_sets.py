@@ -980,7 +980,7 @@ def test_every_mistake_with_a_test_set_is_one_line(base, test_dir, tmp_path, cap
         (
             1,
             ["--tasks", "hellaswag", "--test_dir", bad, "--method", "likelihood"],
-            ["hellaswag", "no choices"],
+            [f"{bad}/hellaswag.json: record 1: hellaswag has no choices"],
         ),
         (
             1,
@@ -1094,7 +1094,10 @@ def test_the_recipe_is_refused_for_variants_that_are_not_the_papers(base, alpaca
         flags = ("--variant", variant, "--base", base, "--data", alpaca)
         assert failure(*flags, "--recipe", "perft_paper")[0] == 2
         error = capsys.readouterr().err
-        assert f"--recipe does not apply to --variant {variant}; it applies to perft_s, " in error
+        said = (
+            f"--recipe perft_paper does not apply to --variant {variant}; it applies to perft_s, "
+        )
+        assert said in error
 
 
 def test_a_data_file_that_cannot_be_used_is_one_line_with_exit_code_1(base, tmp_path):
