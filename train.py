@@ -5,6 +5,8 @@
     python train.py --variant perft_s --data rows.json     a file of alpaca or messages records
     python train.py --variant perft_r --base data/downloads/OLMoE-1B-7B-0924 --data commonsense \\
                     --recipe perft_paper                   the papers' experiment
+    python train.py --variant esft_gate --base path/to/Qwen3-30B-A3B --dtype bfloat16 \\
+                    --data chats.jsonl --recipe esft_paper  ESFT's, on chats of your own
     python train.py --variant scratch                      re-make the base: about an hour
     python train.py --variant perft_r --help               the flags of a variant
 
@@ -33,20 +35,25 @@ On several GPUs the same command stands behind torchrun, and gives the same loss
     torchrun --nproc_per_node=2 train.py --variant perft_s --base path/to/Mixtral-8x7B-v0.1 ...
 
 A step depends on the seed, its own number and the number of processes only (data order, dropout),
-so a run that was stopped and continued with --resume gives the numbers of one that was not.
+so a run that was stopped and continued with --resume gives the numbers of one that was not. Ctrl-C
+finishes the step and saves it; a second one stops at once. A step with a number that is not finite
+changes nothing.
 --micro_batch runs a step's rows in parts, for less memory; the parts' cross-entropies are divided
 by the labels of the whole step and add up. The balance loss of a step is then the mean of its
 parts', which is not quite the balance loss of the whole.
 """
 
+from data import run  # first: from here on Ctrl-C is one line
+
+# isort: split
 import difflib
-import math
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import time
-from argparse import BooleanOptionalAction, Namespace
+from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +64,7 @@ from tqdm import tqdm
 import esft
 import eval
 import perft
-from data import dataset, hub, pictures, run, skills, tasks
+from data import dataset, hub, pictures, skills, tasks
 from data import shard as processes
 from data.run import count, from_zero, number, positive
 from model import DTYPES, EMBEDDED, Config, MoETransformer
@@ -68,221 +75,157 @@ from perft import BASELINES, LORA, PERFT, PerftConfig
 
 ESFT = ("esft_token", "esft_gate")
 VARIANTS = (*PERFT, *ESFT, *BASELINES, "scratch")
-TRAIN_THE_BASE = ("full", "frozen_experts", "scratch")
+WITH_ROWS = VARIANTS[:-1]  # scratch draws rows without end
+ADAPTERS = (*PERFT, *LORA)
+KEEP_THE_BASE = (*PERFT, *ESFT, *LORA, "router")  # all of it, or float32 masters of what trains
+TASKS = (*skills.TARGETS, *skills.FAMILIES)
+# choices that are not every variant's
+DTYPES_OF = {"float32": VARIANTS, "bfloat16": KEEP_THE_BASE}
+RECIPES = {"perft_paper": (*PERFT, *BASELINES), "esft_paper": (*ESFT, *LORA, "full")}
+WHOLE = number(int, 0, most=2**63 - 1)
+BETA = number(float, 0, most=0.999999)
+SHARE = number(float, 0, above=True, most=1)
 
-# For the embedded model: the best rate of the grids in assets/results.csv (router, frozen_experts
-# and scratch: one try each, not a grid).
-LEARNING_RATES = {
-    "perft_s": 1e-3,
-    "perft_d": 3e-4,
-    "perft_r": 1e-3,
-    "perft_e": 1e-3,
-    "esft_token": 3e-3,
-    "esft_gate": 3e-3,
-    "lora_qv": 2e-3,
-    "lora_experts": 1e-3,  # not a grid
-    "router": 5e-3,
-    "frozen_experts": 3e-4,
-    "full": 1e-4,
-    "scratch": 3e-3,
+
+class Flag(NamedTuple):
+    """A row of the table."""
+
+    takes: object  # a kind of number; a text, by what it is; names to choose from; a SWITCH
+    default: object  # of most variants: see BY_VARIANT
+    about: str
+    variants: tuple[str, ...] = VARIANTS  # that have it
+
+
+def group(title: str, **flags: Flag):
+    return title, flags
+
+
+SWITCH = "store_true", BooleanOptionalAction  # argparse's actions; the second has a --no-... too
+ON, ON_OFF = SWITCH
+# Groups that a command may lack whatever its variant: see `missing`.
+TASK, ROWS, CHOICE = "task of the embedded world", "rows of a file", "choice of the experts"
+FLAGS = [
+    group(
+        "model and rows",
+        variant=Flag(VARIANTS, None, "what trains"),
+        base=Flag("DIR", None, "model folder (the embedded data/tiny_olmoe)"),
+        device=Flag("NAME", eval.DEVICE, "where"),
+        threads=Flag(count, 1, "of the CPU"),
+        dtype=Flag(DTYPES_OF, "float32", "of the base"),
+        data=Flag("FILE", None, "rows of a file, no task; with --help: their flags", WITH_ROWS),
+    ),
+    group(
+        TASK,
+        task=Flag(TASKS, skills.DEFAULT_TARGET, "what to learn", WITH_ROWS),
+        train_rows=Flag(count, 4000, "to draw", WITH_ROWS),
+        eval_rows=Flag(count, 500, "test rows of the task, a fifth of it for each family"),
+    ),
+    group(
+        ROWS,
+        recipe=Flag(RECIPES, None, "a paper's settings"),
+        max_length=Flag(count, 1024, "tokens of a row, at most"),
+        template=Flag(tasks.TEMPLATES, None, "of alpaca records' prompts (papers)"),
+        held_out=Flag(WHOLE, 120, "rows kept out to measure on, as many as in the papers"),
+        epochs=Flag(count, 1, "times through the rows, if --steps is not given"),
+    ),
+    group(
+        "adapters",
+        rank=Flag(count, PerftConfig.rank, "r", ADAPTERS),
+        alpha=Flag(positive, None, "scale is alpha/r (2r)", ADAPTERS),
+        dropout=Flag(from_zero, PerftConfig.dropout, "of the unit's input", ADAPTERS),
+        shared_outer=Flag(ON, False, "one outer half for all experts", ("lora_experts",)),
+        kind=Flag(("lora", "parallel"), PerftConfig.kind, "of the unit", PERFT),
+        init=Flag(("paper", "lora"), PerftConfig.init, "weights at the start", PERFT),
+        num_adapters=Flag(count, PerftConfig.num_adapters, "M", ("perft_d", "perft_r")),
+        top_k=Flag(count, PerftConfig.top_k, "adapters of a token", ("perft_r",)),
+        adapter_weights=Flag(
+            ("own", "base"),
+            PerftConfig.adapter_weights,
+            "which router weighs, base as in the released OLMoE code",
+            ("perft_r",),
+        ),
+        adapter_balance=Flag(from_zero, None, "c_adapter (as c_base)", ("perft_r",)),
+    ),
+    group(
+        "experts and routers",
+        experts=Flag(
+            "FILE",
+            None,
+            "those of an expert_cfg.json only; ESFT: or 'random', as many, drawn by --seed",
+            ("perft_e", "lora_experts", *ESFT),
+        ),
+        score_rows=Flag(count, 500, "rows that are read for the scores", ESFT),
+        train_router=Flag(ON, False, "the pretrained routers too", (*PERFT, *ESFT)),
+    ),
+    group(
+        CHOICE,
+        gate_share=Flag(ON, False, "scores as shares of their layer's sum", ("esft_gate",)),
+        p=Flag(SHARE, 0.2, "score that a layer's choice reaches", ESFT),
+        bind_groups=Flag(count, 1, "choose whole groups of so many, as a control", ESFT),
+    ),
+    group(
+        "optimisation (AdamW, warm-up, then linear decay to 0)",
+        lr=Flag(positive, None, "peak rate"),
+        steps=Flag(count, 200, "how many"),
+        batch_size=Flag(count, 64, "rows a step"),
+        warmup=Flag(count, 20, "steps"),
+        weight_decay=Flag(from_zero, 0.0, "on matrices that train"),
+        beta2=Flag(BETA, 0.999, "AdamW's memory of squared gradients"),
+        clip=Flag(positive, 1.0, "gradient norm"),
+        balance=Flag(from_zero, None, "c_base (router_aux_loss_coef of the base's config)"),
+        train_on_inputs=Flag(ON_OFF, False, "labels on the prompt too, not only on the answer"),
+        seed=Flag(WHOLE, 0, "of weights, row order, dropout"),
+    ),
+    group(
+        "run",
+        out=Flag("DIR", None, "run folder"),
+        overwrite=Flag(ON, False, "replace the run that the folder holds"),
+        resume=Flag(ON, False, "continue the run that the folder holds"),
+        log_every=Flag(count, 20, "steps a line"),
+        eval_every=Flag(count, None, "steps between accuracies on validation rows, if any"),
+        save_every=Flag(count, 50, "steps between states to resume from"),
+        micro_batch=Flag(count, None, "rows at a time on a device (all of the batch)"),
+        checkpoint_activations=Flag(ON, False, "compute blocks twice, keep only their inputs"),
+        compile=Flag(ON_OFF, None, "compile the blocks (a minute at the start; on for cuda)"),
+    ),
+]
+
+# Defaults that differ. The rates: for the embedded model, the best of the grids on kinship_new in
+# assets/results.csv; lora_experts, frozen_experts: on three_new (router, scratch: one try each).
+BY_VARIANT = {
+    "perft_s": {"lr": 1e-3},
+    "perft_d": {"lr": 3e-4},
+    "perft_r": {"lr": 1e-3},
+    "perft_e": {"lr": 1e-3},
+    "esft_token": {"lr": 3e-3},
+    "esft_gate": {"lr": 3e-3, "p": 0.1},  # the paper's p, as 0.2 for token
+    "lora_qv": {"lr": 2e-3},
+    "lora_experts": {"lr": 3e-3},
+    "router": {"lr": 5e-3},
+    "frozen_experts": {"lr": 3e-4},
+    "full": {"lr": 1e-4},
+    "scratch": {
+        "lr": 3e-3,
+        "steps": 8000,
+        "batch_size": 96,
+        "warmup": 200,
+        "weight_decay": 0.1,
+        "beta2": 0.98,
+    },
 }
 
 
-class Asked(NamedTuple):
-    """What decides which other flags there are."""
-
-    variant: str
-    data: str | None = None
-    recipe: str | None = None
-    base: str | None = None
-    experts: str | None = None
-    gate_share: bool = False
-
-    @property
-    def chooses_experts(self) -> bool:
-        """Does ESFT score the experts and choose, or does a file say which?"""
-        return self.variant in ESFT and self.experts in (None, "random")
-
-
-def make_parser(asked: Asked) -> run.Parser:
-    """The parser of a variant holds its own flags, and no others."""
-    parser = run.Parser(
-        description="Fine-tune a Mixture-of-Experts model; train.py's first page says how.",
-        usage="python train.py --variant NAME [options]",
-    )
-    what = f"what trains: {', '.join(VARIANTS)}"
-    parser.add_argument("--variant", choices=VARIANTS, required=True, metavar="NAME", help=what)
-    add_model_flags(parser, asked)
-    if asked.data is not None:
-        add_file_flags(parser, asked)
-    else:
-        add_task_flags(parser, asked.variant)
-    if asked.variant in (*PERFT, *LORA):
-        add_adapter_flags(parser, asked.variant)
-    if asked.variant in (*ESFT, "perft_e", "lora_experts"):
-        add_expert_flags(parser, asked)
-    add_optimisation_flags(parser, asked)
-    add_run_flags(parser, asked)
-    parser.set_defaults(**paper_recipe(asked) if asked.recipe else {})
-    return parser
-
-
-def add_model_flags(parser, asked: Asked):
-    add = parser.add_argument_group("model").add_argument
-    add("--base", metavar="DIR", help="model folder (the embedded data/tiny_olmoe)")
-    add("--device", type=eval.device, default=eval.DEVICE, metavar="NAME", help="(%(default)s)")
-    threads = None if asked.base else 1  # a small model is faster with one
-    add("--threads", type=count, default=threads, metavar="N", help="of the CPU (%(default)s)")
-    # where weights of the base train, small steps need float32
-    dtypes = ("float32",) if asked.variant in TRAIN_THE_BASE else DTYPES
-    add("--dtype", choices=dtypes, default="float32", help="of the base (%(default)s)")
-
-
-def add_task_flags(parser, variant: str):
-    add = parser.add_argument_group("task of the embedded world").add_argument
-    if variant != "scratch":  # which learns all families, from rows that never end
-        names = [*skills.TARGETS, *skills.FAMILIES]
-        about = f"what to learn (%(default)s): {', '.join(names)}"
-        add("--task", choices=names, default=skills.DEFAULT_TARGET, metavar="NAME", help=about)
-        add("--train_rows", type=count, default=4000, metavar="N", help="to draw (%(default)s)")
-        add("--data", metavar="FILE", help="rows of a file instead; with --help: their flags")
-    about = "test rows of the task, a fifth of it for each family (%(default)s)"
-    add("--eval_rows", type=count, default=500, metavar="N", help=about)
-
-
-def add_file_flags(parser, asked: Asked):
-    add = parser.add_argument_group("rows of a file").add_argument
-    about = "commonsense, math, or JSON (lines) of alpaca or messages records"
-    add("--data", metavar="FILE", help=about)
-    if asked.variant in (*PERFT, *BASELINES):
-        add("--recipe", choices=("perft_paper",), help="the papers' settings, see paper_recipe")
-    add("--max_length", type=count, default=1024, metavar="N", help="of a row (%(default)s tokens)")
-    add("--template", choices=tasks.TEMPLATES, help="of alpaca records' prompts (papers)")
-    about = "rows kept out to measure on (%(default)s, as many as in the papers)"
-    add("--held_out", type=number(int, 0), default=120, metavar="N", help=about)
-
-
-def add_adapter_flags(parser, variant: str):
-    add = parser.add_argument_group("adapters").add_argument
-    defaults = PerftConfig
-    add(
-        "--rank",
-        type=count,
-        default=defaults.rank,
-        metavar="N",
-        help="r (%(default)s)",
-    )
-    add("--alpha", type=from_zero, metavar="X", help="scale is alpha/r (2r)")
-    add("--dropout", type=from_zero, default=defaults.dropout, metavar="X", help="(%(default)s)")
-    if variant == "lora_experts":
-        add("--shared_outer", action="store_true", help="one outer half for a layer's experts")
-    if variant in LORA:
-        return
-    add("--kind", choices=("lora", "parallel"), default=defaults.kind, help="(%(default)s)")
-    about = "weights at the start (%(default)s)"
-    add("--init", choices=("paper", "lora"), default=defaults.init, help=about)
-    add("--train_router", action="store_true", help="also train the pretrained routers")
-    if variant in ("perft_d", "perft_r"):
-        add("--num_adapters", type=count, default=defaults.num_adapters, help="M (%(default)s)")
-    if variant == "perft_r":
-        add("--top_k", type=count, default=defaults.top_k, metavar="N", help="K (%(default)s)")
-        about = "which router weighs: base as in the released OLMoE code (%(default)s)"
-        add(
-            "--adapter_weights",
-            choices=("own", "base"),
-            default=defaults.adapter_weights,
-            help=about,
-        )
-        add(
-            "--adapter_balance",
-            type=from_zero,
-            metavar="X",
-            help="c_adapter (that of the config, too)",
-        )
-
-
-def add_expert_flags(parser, asked: Asked):
-    add = parser.add_argument_group("experts").add_argument
-    if asked.variant not in ESFT:
-        add("--experts", metavar="FILE", help="adapters for the experts of an expert_cfg.json only")
-        return
-    about = "the choice of an expert_cfg.json; or 'random': as many, drawn by --seed"
-    add("--experts", metavar="FILE", help=about)
-    about = "rows of the task that are read for the scores (%(default)s)"
-    add("--score_rows", type=count, default=500, metavar="N", help=about)
-    add("--train_router", action="store_true", help="also train the pretrained routers")
-    if not asked.chooses_experts:
-        return
-    p = 0.2  # the paper's, as 0.1 for gate
-    if asked.variant == "esft_gate":
-        add("--gate_share", action="store_true", help="scores as shares of their layer's sum")
-        p = 0.25 if asked.gate_share else 0.1
-    about = "score that a layer's choice reaches (%(default)s)"
-    add("--p", type=number(float, 0, above=True, most=1), default=p, metavar="X", help=about)
-    about = "choose whole groups of N experts, as a control (%(default)s)"
-    add("--bind_groups", type=count, default=1, metavar="N", help=about)
-
-
-def add_optimisation_flags(parser, asked: Asked):
-    group = parser.add_argument_group("optimisation (AdamW, warm-up, then linear decay to 0)")
-    add = group.add_argument
-    scratch = asked.variant == "scratch"
-    rate = LEARNING_RATES[asked.variant]
-    add("--lr", type=positive, default=rate, metavar="X", help="peak rate (%(default)s)")
-    if asked.data is None:
-        steps = 8000 if scratch else 200
-        add("--steps", type=count, default=steps, metavar="N", help="(%(default)s)")
-    else:
-        add = group.add_mutually_exclusive_group().add_argument
-        about = "times through the rows (%(default)s)"
-        add("--epochs", type=count, default=1, metavar="N", help=about)
-        add("--steps", type=count, metavar="N", help="instead of --epochs")
-        add = group.add_argument
-    rows, warmup, decay, beta2 = (96, 200, 0.1, 0.98) if scratch else (64, 20, 0.0, 0.999)
-    add("--batch_size", type=count, default=rows, metavar="N", help="rows a step (%(default)s)")
-    add("--warmup", type=count, default=warmup, metavar="N", help="steps (%(default)s)")
-    about = "on matrices that train (%(default)s)"
-    add("--weight_decay", type=from_zero, default=decay, metavar="X", help=about)
-    about = "AdamW's memory of squared gradients (%(default)s)"
-    add("--beta2", type=number(float, 0, most=0.999999), default=beta2, metavar="X", help=about)
-    add("--clip", type=positive, default=1.0, metavar="X", help="gradient norm (%(default)s)")
-    about = "c_base (router_aux_loss_coef of the base's config)"
-    add("--balance", type=from_zero, metavar="X", help=about)
-    about = "labels on the prompt too, not only on the answer"
-    add("--train_on_inputs", action=BooleanOptionalAction, default=False, help=about)
-    about = "of weights, row order, dropout (%(default)s)"
-    add("--seed", type=number(int, 0, most=2**63 - 1), default=0, metavar="N", help=about)
-
-
-def add_run_flags(parser, asked: Asked):
-    add = parser.add_argument_group("run").add_argument
-    add("--out", default=f"out/{asked.variant}", metavar="DIR", help="run folder (%(default)s)")
-    add("--overwrite", action="store_true", help="replace the run that the folder holds")
-    add("--resume", action="store_true", help="continue the run that the folder holds")
-    add("--log_every", type=count, default=20, metavar="N", help="steps a line (%(default)s)")
-    about = "steps between accuracies on validation rows (none)"
-    add("--eval_every", type=count, metavar="N", help=about)
-    about = "steps between states to resume from (%(default)s)"
-    add("--save_every", type=count, default=50, metavar="N", help=about)
-    about = "rows at a time on a device (all of the batch that are its)"
-    add("--micro_batch", type=count, metavar="N", help=about)
-    about = "compute blocks twice, keep only their inputs"
-    add("--checkpoint_activations", action="store_true", help=about)
-    about = "compile the blocks (a minute at the start; on for cuda)"
-    add("--compile", action=BooleanOptionalAction, help=about)
-
-
-def paper_recipe(asked: Asked) -> dict:
+def perft_paper(variant: str, given: dict) -> dict:
     """The settings of the papers and of the authors' code (2411.08212), beside what is the default
     anyway: alpha 2r, --kind lora, --init paper, --dropout 0.05, --held_out 120, AdamW (0.9, 0.999)
-    with eps 1e-8, linear decay.
+    with eps 1e-8 and no weight decay, --clip 1, linear decay.
 
     Their balance loss is transformers', which is K times ours on one layer, hence c * K. (It also
     pools all layers, which ours does not: moe.load_balancing_loss.)
     """
-    config = Config.from_folder(asked.base or EMBEDDED)
+    config = Config.from_folder(given.get("base", EMBEDDED))
     mixtral = config.model_type == "mixtral"
-    lora_on_commonsense = asked.variant == "lora_qv" and asked.data == "commonsense"
+    lora_on_commonsense = variant == "lora_qv" and given["data"] == "commonsense"
     return {
         "lr": 2e-5 if mixtral or lora_on_commonsense else 1e-5,
         "balance": paper_balance(config) * config.num_experts_per_tok,
@@ -291,9 +234,6 @@ def paper_recipe(asked: Asked) -> dict:
         "max_length": 256,
         "warmup": 100,
         "train_on_inputs": True,
-        "weight_decay": 0.0,
-        "beta2": 0.999,
-        "clip": 1.0,
     }
 
 
@@ -302,80 +242,151 @@ def paper_balance(config: Config) -> float:
     return 0.02 if config.model_type == "mixtral" else 0.01
 
 
-# what the rest of the program asks of every run, though not every parser has it: None there
-NOT_ALWAYS = """task train_rows eval_rows data recipe epochs max_length template held_out experts p
-    bind_groups score_rows train_router adapter_balance gate_share top_k""".split()
+def esft_paper(variant: str, given: dict) -> dict:
+    """The settings of the ESFT paper (2407.01906, section 4.3), and of its authors' code where the
+    paper is silent (decay, beta2), beside what is the default anyway: p 0.2 for token and 0.1 for
+    gate, labels on the answers, --clip 1, alpha 2r. What is theirs and not here: a constant rate,
+    several samples in one row, half of the rows from an alignment set (for full and LoRA), and LoRA
+    on every matrix of the model.
+    """
+    rates = {"full": 3e-5, "lora_qv": 1e-4, "lora_experts": 1e-4}
+    return {
+        "lr": rates.get(variant, 1e-5),
+        "rank": 8,
+        "batch_size": 32,
+        "steps": None if "epochs" in given else 500,
+        "max_length": 4096,
+        "warmup": 1,
+        "weight_decay": 0.1,
+        "beta2": 0.95,
+        "eval_every": 100,
+    }
+
+
+def not_for(variant: str, others: tuple[str, ...]) -> str:
+    return f"does not apply to --variant {variant}; it applies to {', '.join(others)}"
+
+
+def missing(variant: str, given: dict) -> dict[str, str]:
+    """The flags that a command does not have, and why."""
+    causes = {}
+    if "data" in given:
+        causes[TASK] = "does not apply to --data, which brings its own rows"
+    else:
+        causes[ROWS] = "applies to --data only"
+    if given.get("experts", "random") != "random":
+        causes[CHOICE] = f"does not apply: the choice is that of --experts {given['experts']}"
+    why = {}
+    for title, flags in FLAGS:
+        for name, flag in flags.items():
+            if variant not in flag.variants:
+                why[name] = not_for(variant, flag.variants)
+            elif title in causes:
+                why[name] = causes[title]
+    return why
+
+
+def in_force(variant: str, given: dict) -> dict:
+    """The value of each flag: what is given, else the recipe's, else the default."""
+    values = {name: flag.default for _, flags in FLAGS for name, flag in flags.items()}
+    values |= BY_VARIANT[variant] | {"out": f"out/{variant}"}
+    if "base" in given:
+        values["threads"] = None  # as torch likes; a small model is faster with one
+    if "gate_share" in given:
+        values["p"] = 0.25
+    if "data" in given:
+        values["steps"] = None
+    if "recipe" in given:
+        recipe = {"perft_paper": perft_paper, "esft_paper": esft_paper}[given["recipe"]]
+        values |= recipe(variant, given)
+    return values | given
+
+
+def make_parser(defaults: dict, without=()) -> run.Parser:
+    """A parser of all flags but some. Its help shows these defaults; a flag that is not given is
+    not in what it reads."""
+    parser = run.Parser(
+        description="Fine-tune a Mixture-of-Experts model; train.py's first page says how.",
+        usage="python train.py --variant NAME [options]",
+        argument_default=SUPPRESS,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="the flags of a variant")
+    for title, flags in FLAGS:
+        add = parser.add_argument_group(title).add_argument
+        for name, flag in flags.items():
+            if name not in without:
+                add(f"--{name}", **for_argparse(flag, defaults.get(name)))
+    return parser
+
+
+def for_argparse(flag: Flag, default) -> dict:
+    about = flag.about
+    if default is not None and default is not False:
+        about += f" ({default})"
+    if flag.takes in SWITCH:
+        return {"action": flag.takes, "help": about}
+    if callable(flag.takes):
+        return {"type": flag.takes, "metavar": "N", "help": about}
+    if isinstance(flag.takes, str):
+        return {"metavar": flag.takes, "help": about}
+    about += f": {', '.join(flag.takes)}"
+    return {"choices": tuple(flag.takes), "metavar": "NAME", "help": about}
 
 
 def parse_args(argv=None) -> Namespace:
-    asked = peek(argv)
+    """Every flag of every variant is read. Those that this command does not have are refused, and
+    None where they are not given."""
+    parser = make_parser({})
+    known, unknown = parser.parse_known_args(argv)
+    given = vars(known)
+    wants_help = given.pop("help", False)
+    variant = given.get("variant", "perft_s")  # whose page --help shows
+    absent = missing(variant, given)
     try:
-        parser = make_parser(asked)
-    except (ValueError, OSError) as error:
-        run.Parser(prog="train.py").error(str(error))
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(explain(unknown[0].split("=")[0], asked, parser))
-    for name in NOT_ALWAYS:
-        if not hasattr(args, name):
-            setattr(args, name, None)
-    try:
+        if wants_help:
+            make_parser(in_force(variant, given), absent).print_help()
+            sys.exit()
+        if unknown:
+            own = make_parser({}, absent).flags()
+            raise ValueError(not_understood(unknown[0].split("=")[0], own))
+        check_flags(given, absent)
+        args = Namespace(**in_force(variant, given) | dict.fromkeys(absent))
         check_args(args)
-        files = eval.RUN_FILES
-        run.check_run_folder(Path(args.out), args.resume, args.overwrite, files)
-    except ValueError as error:
+    except (ValueError, OSError, ArgumentTypeError) as error:
         parser.error(str(error))
     return args
 
 
-def peek(argv) -> Asked:
-    """Read the flags that decide which others there are."""
-    parser = run.Parser(prog="train.py", add_help=False)
-    parser.add_argument("--gate_share", action="store_true")
-    for name in ("variant", "data", "recipe", "base", "experts"):
-        parser.add_argument(f"--{name}")
-    known, rest = parser.parse_known_args(argv)
-    if known.variant == "scratch":
-        return Asked("scratch", base=known.base)
-    if known.variant in VARIANTS:
-        return Asked(**vars(known))
-    if known.variant is None and not {"-h", "--help"} & set(rest):
-        meant = ["--variant", *(f"--variant {v}" for v in VARIANTS)]
-        for word in [text.split("=")[0] for text in rest]:
-            if difflib.get_close_matches(word, ["--variant", *VARIANTS], cutoff=0.8):
-                parser.error(not_understood(word, meant))
-    return Asked("perft_s")  # its parser helps, or says what is missing
-
-
-def not_understood(word: str, known: list[str]) -> str:
+def not_understood(word: str, flags: list[str]) -> str:
+    known = [*flags, *(f"--variant {variant}" for variant in VARIANTS)]
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.55)
     return f"{word} was not understood" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def explain(flag: str, asked: Asked, parser) -> str:
-    """Why this command has no such flag."""
-
-    def exists(**changes):
-        return flag in make_parser(asked._replace(recipe=None, **changes)).flags()
-
-    if exists(experts=None):
-        return f"{flag} does not apply: the choice is that of --experts {asked.experts}"
-    takes = [v for v in VARIANTS if exists(variant=v, experts=None)]
-    if takes:
-        others = ", ".join(takes)
-        return f"{flag} does not apply to --variant {asked.variant}; it applies to {others}"
-    if asked.data is None and exists(data="FILE"):
-        return f"{flag} applies to --data only"
-    if asked.data and exists(data=None):
-        return f"{flag} does not apply to --data, which brings its own rows"
-    return not_understood(flag, parser.flags())
+def check_flags(given: dict, absent: dict):
+    """ValueError for a flag that this command does not have, or must have."""
+    if "variant" not in given:
+        raise ValueError("--variant is required, it says what trains")
+    for name in given:
+        if name in absent:
+            raise ValueError(f"--{name} {absent[name]}")
+    if {"epochs", "steps"} <= given.keys():
+        raise ValueError("--epochs: not allowed with argument --steps")
 
 
 def check_args(args):
     """ValueError for values that cannot go together."""
+    eval.device(args.device)
+    for flag, others in (
+        (f"--dtype {args.dtype}", DTYPES_OF[args.dtype]),
+        (f"--recipe {args.recipe}", RECIPES.get(args.recipe, VARIANTS)),
+    ):
+        if args.variant not in others:
+            raise ValueError(f"{flag} {not_for(args.variant, others)}")
     if args.variant in (*PERFT, *BASELINES):
         PerftConfig(**adapter_options(args))
-    if getattr(args, "kind", None) == "parallel" and args.alpha is not None:
+    if args.kind == "parallel" and args.alpha is not None:
         raise ValueError("--alpha does not apply to --kind parallel, which has no scale")
     if args.variant not in ESFT and args.experts == "random":
         raise ValueError(
@@ -386,8 +397,7 @@ def check_args(args):
 def adapter_options(args) -> dict:
     """The flags that are fields of PerftConfig; --experts is a file, which is not read yet."""
     names = PerftConfig.__dataclass_fields__.keys() - {"experts"}
-    given = {name: value for name, value in vars(args).items() if name in names}
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: vars(args)[name] for name in names if vars(args)[name] is not None}
 
 
 # What a run needs --------------------------------------------------------------------------------
@@ -465,7 +475,7 @@ def plan_esft(args, config: Config, tokenizer, data: dataset.Data) -> Plan:
 
 def score_experts(args, config: Config, tokenizer, data: dataset.Data) -> Scored:
     """Read rows of the task with the base. The model that reads is gone afterwards."""
-    examples = [data.train[i] for i in range(min(args.score_rows, len(data.train)))]
+    examples = data.train[: args.score_rows]
     size = args.micro_batch or args.batch_size
     cuts = [examples[i : i + size] for i in range(0, len(examples), size)]
     batches = (dataset.pad_batch(cut, tokenizer.pad_id, args.device) for cut in cuts)
@@ -523,6 +533,7 @@ def make_optimizer(model, args) -> torch.optim.AdamW:
         weight_decay=args.weight_decay,
         fused=True,
     )
+    optimizer.done = torch.zeros(())  # steps of the run; "step" counts those that changed something
     for p in trained:  # made here, not at the first step, so that a saved state has a place to go
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device),
@@ -533,18 +544,14 @@ def make_optimizer(model, args) -> torch.optim.AdamW:
 
 
 def state_places(model, optimizer) -> dict[str, hub.Place]:
-    """Everything that a step changes: the trained parameters, AdamW's moments and step count."""
-    table = {}
+    """Everything that a step changes: the trained parameters, AdamW's moments and step counts."""
+    table = {"done": hub.Place(optimizer.done)}
     for name, p in model.named_parameters():
         if p.requires_grad:
             table[f"param.{name}"] = hub.Place(p)
             for key, value in optimizer.state[p].items():
                 table[f"{key}.{name}"] = hub.Place(value)
     return table
-
-
-def steps_done(optimizer) -> int:
-    return int(next(iter(optimizer.state.values()))["step"])
 
 
 # What is measured --------------------------------------------------------------------------------
@@ -600,6 +607,67 @@ def peak_memory(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device.startswith("cuda") else run.peak_memory()
 
 
+# bf16 products without sparsity, operations a second, by the makers' data sheets. Of two names that
+# fit a device the first counts.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_of(device: str) -> float | None:
+    """Operations a second at most; None where nobody says."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def flops_per_token(model, counts: torch.Tensor, labels: float, keys: float) -> float:
+    """Operations of a training step a token, in matrix products: of each weight that it meets 2
+    forward, 2 for the gradient of what is multiplied, 2 for the weight's own where it trains.
+
+    counts (L, E): the choices, of which ESFT's experts have a share. labels: the share of tokens
+    that are one, since only these meet the head. keys: that a token attends to, on average.
+    Too much, by the gradients that the lowest layer does not need above frozen embeddings; nothing
+    that is computed twice counts twice.
+    """
+    c, config = model.config, getattr(model, "adapter_config", None)
+    copies = isinstance(config, esft.EsftConfig)  # of a bank, which is counted
+    # two products forward, four for their gradients
+    flops = 12 * keys * c.num_hidden_layers * c.num_attention_heads * c.head_dim
+    for name, p in model.named_parameters():
+        met = p.numel() * perft.share_met(model, name, p)
+        products = 3 if p.requires_grad else 2
+        if p is model.lm_head.weight:
+            met *= labels
+        elif p.dim() == 1 or p is model.embed_tokens.weight:
+            products = 0
+        elif copies and p.requires_grad and ".experts." in name:
+            layer = int(name.split(".")[1])
+            share = counts[layer, config.experts[layer]].sum() / counts[layer].sum()
+            met = p.numel() / len(p) * c.num_experts_per_tok * share.item()
+            products = 1
+        flops += 2 * products * met
+    return flops
+
+
+def share_of_peak(model, batch, counts, device: str, speed: float) -> float | None:
+    """The part of all devices' peak (MFU) that a speed in tokens a second is; None if unknown."""
+    peak = peak_of(device)
+    if peak is None:
+        return None
+    lengths = batch[2].sum(1)
+    tokens = lengths.sum().item()
+    labels = (batch[1][:, 1:] != -100).sum().item() / tokens
+    keys = (lengths * (lengths + 1)).sum().item() / 2 / tokens
+    return speed * flops_per_token(model, counts, labels, keys) / (peak * processes.WORLD)
+
+
 # The step ----------------------------------------------------------------------------------------
 
 
@@ -612,6 +680,7 @@ def learning_rate(step: int, steps: int, args) -> float:
 
 class Balance(NamedTuple):
     loss: torch.Tensor  # mean of the layers; the parts of a step add up
+    layers: torch.Tensor  # (L,) each; no gradient
     counts: torch.Tensor  # (L, E) choices, of all processes
 
 
@@ -627,13 +696,15 @@ def mean_balance(routings: list, mask: torch.Tensor, tokens: int) -> Balance:
     losses = []
     for routing, load in zip(routings, loads):
         losses.append(unevenness(load, prob_sums(routing, mask), tokens))
-    return Balance(torch.stack(losses).mean(), counts)
+    layers = torch.stack(losses)
+    return Balance(layers.mean(), layers.detach(), counts)
 
 
 class StepLosses(NamedTuple):
     """Of a whole step; parts add up."""
 
     losses: torch.Tensor  # (3,) cross-entropy, balance, the adapters' balance; no gradient
+    layers: torch.Tensor  # (L,) balance; no gradient
     counts: torch.Tensor  # (L, E)
     adapter_counts: torch.Tensor  # (L, M); 0 without such adapters
 
@@ -643,7 +714,7 @@ def forward_backward(model, batch, args, c_base, c_adapter) -> StepLosses:
     labels_in_step = int((batch[1][:, 1:] != -100).sum())
     tokens = int(batch[2].sum())
     sums = torch.zeros(3, device=args.device)
-    counts = adapter_counts = 0
+    layers = counts = adapter_counts = 0
     for input_ids, labels, mask in processes.micro_batches(
         batch, args.micro_batch or args.batch_size
     ):
@@ -653,6 +724,7 @@ def forward_backward(model, batch, args, c_base, c_adapter) -> StepLosses:
         output = model(input_ids, labels=labels, loss_divisor=labels_in_step)
         balance = mean_balance(output.routings, mask, tokens)
         loss = output.loss + c_base * balance.loss
+        layers = layers + balance.layers
         counts = counts + balance.counts
         parts = [output.loss, balance.loss]
         adapters = [r.adapter for r in output.routings if hasattr(r, "adapter")]
@@ -664,72 +736,136 @@ def forward_backward(model, batch, args, c_base, c_adapter) -> StepLosses:
         # sharded gradients are averaged over the processes, and should be summed
         (loss * processes.WORLD).backward()
         sums[: len(parts)] += torch.stack(parts).detach()
-    return StepLosses(sums, counts, adapter_counts)
+    return StepLosses(sums, layers, counts, adapter_counts)
+
+
+class Guard:
+    """Finds numbers that are not finite in their step, without waiting for the device: such a step
+    changes neither weights nor moments, and is told of at the next line of the log, or save.
+
+    What is looked at comes in the order in which a step computes: the first that is not finite is
+    nearest to the cause.
+    """
+
+    def __init__(self, model):
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.trained = trained[::-1]
+        self.places = [f"the router of layers.{i}" for i in range(len(model.layers))]
+        self.places += ["the loss", *(f"the gradient of {name}" for name, _ in self.trained)]
+        self.values = torch.zeros(len(self.places), device=trained[0][1].device)
+        self.step = self.in_a_row = self.values[0]
+        self.told = ""
+
+    def look(self, losses: StepLosses, step: int) -> torch.Tensor:
+        """-> 1 if this step is to change nothing, else 0."""
+        values = [*losses.layers, losses.losses.sum()]
+        for _, p in self.trained:
+            values.append(values[0] * 0 if p.grad is None else processes.held(p.grad)[0].norm())
+        values = processes.total(torch.stack(values))
+        bad = ~values.isfinite().all()
+        begins = bad & (self.in_a_row == 0)
+        self.values = torch.where(begins, values, self.values)
+        self.step = torch.where(begins, step, self.step)
+        self.in_a_row = (self.in_a_row + 1) * bad
+        return bad.float()
+
+    def read(self, args, log, is_last: bool) -> bool:
+        """Tell the log of steps that were not finite. Is the last one? ValueError if it ends many
+        in a row, or the run."""
+        in_a_row = int(self.in_a_row)
+        bad = (~self.values.isfinite()).nonzero()
+        if len(bad) == 0:
+            return True
+        what = f"{self.places[bad[0]]} was not finite in step {int(self.step)}"
+        if in_a_row >= IN_A_ROW or (in_a_row and is_last):
+            raise ValueError(
+                f"{what}, nor was any step since; lower --lr (it is {args.lr}): "
+                f"{what_is_where(Path(args.out))}"
+            )
+        if what != self.told:
+            log.write(f"warning: {what}, which changed nothing", event="not_finite", what=what)
+            self.told = what
+        return in_a_row == 0
+
+
+IN_A_ROW = 10  # steps that are not finite: one may be chance, so many are not
 
 
 # The run -----------------------------------------------------------------------------------------
 
 
 def train(args):
+    begun = time.perf_counter()
     if args.threads:
         torch.set_num_threads(args.threads)
     config, tokenizer = eval.load_config(args.base)
     data = dataset.load_data(args, tokenizer, config.max_position_embeddings)
     model, plan = build(args, config, tokenizer, data)
     optimizer = make_optimizer(model, args)
-    settings = settings_of(args, config, data)
-    settings["chosen"] = getattr(getattr(model, "adapter_config", None), "experts", None)
-    rows = perft.what_trains(model)
-    settings["trains"] = sum(row.parameters for row in rows)
-    settings["activated"] = sum(row.activated for row in rows)  # of those, by one token
+    settings = settings_of(args, config, data) | settings_of_model(model)
     out = Path(args.out)
     if args.resume:
-        check_same_run(run.read_json(out / "config.json"), settings)
+        check_same_run(settings, out)
         hub.Tensors(out / "state.safetensors").fill(state_places(model, optimizer))
-    first = steps_done(optimizer)
+        check_state(optimizer, data.steps, out)
 
-    print(configuration_text(settings))
-    for note in data.notes:
-        print(note)
-    for note in [*plan.notes, *advice(args, data.steps)]:
-        print(f"warning: {note}")
-    print(perft.report(model))
+    warnings = [f"warning: {note}" for note in [*plan.notes, *advice(args, data.steps)]]
+    print(configuration_text(settings), *data.notes, *warnings, perft.report(model), sep="\n")
+
+    def measured(when, split="test"):
+        return measure(when, model, tokenizer, data, args, split)
+
+    first = int(optimizer.done)
     if args.resume:
-        log = open_log(out, first)
+        log = open_folder(out, settings, first)
+        text = f"goes on after step {first}, with --lr {args.lr}"
+        log.write(text, event="resumed", step=first, lr=args.lr)
     else:
-        text, record = measure("before", model, tokenizer, data, args)
-        if processes.RANK == 0:  # from here on a run that is replaced is lost
-            begin_folder(out, settings)
-            if plan.scored:
-                esft.save_scores(model, out, *plan.scored)
-        log = open_log(out, None)
+        text, record = measured("before")
+        log = open_folder(out, settings, None)
         log.write(text, event="before", **record)
-    run_steps(args, settings, model, tokenizer, data, optimizer, first, log)
+    if plan.scored and processes.RANK == 0:
+        esft.save_scores(model, out, *plan.scored)
+    batches = dataset.batches(args, data, tokenizer, first)
+    with run.last_words(lambda: what_is_where(out)), run.noting() as noted:
+        run_steps(args, settings, model, optimizer, batches, log, noted, data, measured)
+        eval.check_finite(model)
+        saved = save(args, model, out)
+    is_saved = f"training is done, {saved} is saved; accuracies: eval.py --adapter {out}"
+    with run.last_words(lambda: is_saved):
+        if noted:
+            raise run.Stopped("", 128 + noted[0])
+        processes.meet()  # the first process has written it
+        text, record = measured("after")
+        log.write(text, event="after", **record)
+        finish(args, log, saved, begun)
 
-    eval.check_finite(model)
-    saved = save(args, model, out)
-    processes.meet()  # the first process has written it
-    text, record = measure("after", model, tokenizer, data, args)
-    log.write(text, event="after", **record)
-    if processes.RANK == 0:
-        (out / "state.safetensors").unlink(missing_ok=True)
-    peak, size = peak_memory(args.device), saved.stat().st_size
-    log.write(f"memory: at most {peak / 1e9:.2f} GB", event="memory", peak=peak)
+
+def open_folder(out, settings, keep_until) -> run.Log:
+    """From here on a run that is replaced is lost. metrics.jsonl comes first: it makes a folder a
+    run's, whatever happens next. keep_until: the step after which a run is resumed."""
+    if processes.RANK > 0:
+        return run.Log(None, None)
+    if keep_until is None:
+        for name in eval.RUN_FILES:
+            (out / name).unlink(missing_ok=True)
+    log = run.Log(out / "metrics.jsonl", keep_until)
+    run.write_json(out / "config.json", settings, indent=2)
+    return log
+
+
+def finish(args, log, saved, begun):
+    """Close the run. The state goes last: a run that is cut off before goes on from it and comes
+    here again."""
+    out, peak, size = Path(args.out), peak_memory(args.device), saved.stat().st_size
+    seconds = time.perf_counter() - begun
+    text = f"took {seconds:,.0f} s and at most {peak / 1e9:.2f} GB of memory"
+    log.write(text, event="memory", seconds=seconds, peak=peak)
     log.write(f"saved {saved} ({size:,} bytes)", event="saved", file=str(saved), bytes=size)
+    log.sync()
     if processes.RANK == 0:
         pictures.draw(out)
-
-
-def begin_folder(out: Path, settings: dict):
-    """A folder with the settings of the run, and nothing of one that it replaces."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in eval.RUN_FILES:
-        (out / name).unlink(missing_ok=True)
-    run.write_json(out / "config.json", settings, indent=2)
-
-
-def open_log(out: Path, keep_until: int | None) -> run.Log:
-    return run.Log(out / "metrics.jsonl" if processes.RANK == 0 else None, keep_until)
+        (out / "state.safetensors").unlink(missing_ok=True)
 
 
 def settings_of(args, config: Config, data: dataset.Data) -> dict:
@@ -765,6 +901,15 @@ def settings_of(args, config: Config, data: dataset.Data) -> dict:
     return settings
 
 
+def settings_of_model(model) -> dict:
+    whole = perft.summed("all", perft.what_trains(model))
+    return {
+        "chosen": getattr(getattr(model, "adapter_config", None), "experts", None),
+        "trains": whole.parameters,
+        "activated": whole.activated,  # of those, by one token
+    }
+
+
 def configuration_text(settings: dict) -> str:
     hidden = ("data_sha256", "world", "torch", "base_config", "chosen", "trains", "activated")
     words = []
@@ -781,24 +926,40 @@ def advice(args, steps: int) -> list[str]:
     if args.warmup >= steps:
         last = learning_rate(steps - 1, steps, args)
         notes.append(f"--warmup is not shorter than the run: its last rate is {last:.1e}")
-    if args.base and not args.recipe and args.lr == LEARNING_RATES[args.variant]:
+    if args.lr > 100 * BY_VARIANT[args.variant]["lr"]:
+        notes.append(
+            f"--lr {args.lr} is far above what {args.variant} was found to bear, "
+            f"{BY_VARIANT[args.variant]['lr']}: training will likely diverge"
+        )
+    recipes = [name for name, variants in RECIPES.items() if args.variant in variants]
+    if args.base and not args.recipe and args.lr == BY_VARIANT[args.variant]["lr"] and recipes:
         notes.append(
             f"--lr {args.lr} was found on the embedded model; a real base wants less; --data "
-            "with --recipe perft_paper has the papers' settings"
+            f"with --recipe {' or '.join(recipes)} has the papers' settings"
         )
     if args.base and not args.data and not eval.is_embedded(args.base):
         notes.append("--task is of the embedded world, which this base does not know; give --data")
     return notes
 
 
-def check_same_run(then: dict, now: dict):
-    """A run is continued with the flags it was begun with."""
-    free = {"resume", "overwrite", "out", "log_every", "save_every"}
+def check_same_run(now: dict, out: Path):
+    """A run is continued with the flags it was begun with; its rate alone may change."""
+    free = {"lr", "resume", "overwrite", "out", "log_every", "save_every"}
     free |= {"threads", "torch", "world", "device"}
     fixed = {name: value for name, value in now.items() if name not in free}
-    changed = run.changes(then, fixed)
+    changed = run.changes(run.read_json(out / "config.json"), fixed)
     if changed:
-        raise ValueError(f"--resume continues a run as it was begun; changed: {changed}")
+        raise ValueError(f"--resume continues {out} as it was begun; changed: {changed}")
+
+
+def check_state(optimizer, steps, out):
+    done = optimizer.done.item()
+    counts = [float(state["step"]) for state in optimizer.state.values()]
+    if done not in range(1, steps) or not all(0 <= count <= done for count in counts):
+        raise ValueError(
+            f"{out / 'state.safetensors'}: holds numbers of steps that no run has done; begin "
+            "again with --overwrite"
+        )
 
 
 def save(args, model, out: Path) -> Path:
@@ -819,101 +980,130 @@ def save(args, model, out: Path) -> Path:
     return out / "model" / "model.safetensors"
 
 
-def run_steps(args, settings, model, tokenizer, data, optimizer, first: int, log: run.Log):
-    """The training loop, from step `first` on."""
-    steps = settings["steps"]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    c_base, c_adapter = settings["balance"], settings["adapter_balance"]
+def run_steps(args, settings, model, optimizer, batches, log, noted, data, measured):
+    """The training loop, from the steps that are done on. noted: signals that ask it to stop."""
+    first, steps = int(optimizer.done), settings["steps"]
+    guard = Guard(model)
     model.checkpoint_activations = args.checkpoint_activations
     if settings["compile"]:
-        # each block by itself: equal blocks share their graphs
-        torch._dynamo.config.recompile_limit = 64  # ESFT: a graph for each number of experts
-        for block in model.layers:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
+        compile_blocks(model)
     model.train()
-    batches = dataset.batches(args, data, tokenizer, first)
     inert_checked = False
     choices = 0  # (L, E), since `first`
-    seen, since = 0, time.perf_counter()
+    begun = since = time.perf_counter()
+    seen = 0
     print("  step cross-entropy  balance        lr grad norm  tokens/s    memory   load")
     off = processes.RANK > 0 or None  # None: shown on a terminal
     for step in tqdm(range(first, steps), initial=first, total=steps, disable=off, leave=False):
-        # dropout: the step's own
-        torch.manual_seed((args.seed * 1_000_003 + step + processes.RANK * 7_919) % 2**63)
-        rate = learning_rate(step, steps, args)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         batch = next(batches)
-        losses, counts, adapter_counts = forward_backward(model, batch, args, c_base, c_adapter)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        choices = choices + counts
+        losses, grad_norm = take_step(args, settings, model, optimizer, guard, batch, step)
+        choices = choices + losses.counts
         seen += int(batch[2].sum())
-
         done = step + 1
-        log_now = done % args.log_every == 0 or done == steps
-        save_now = done % args.save_every == 0 and done < steps
-        if log_now or save_now:  # before the step: nothing that is not finite is saved
-            cross_entropy, balance, adapter_balance = processes.total(losses).tolist()
-            grad_norm = processes.whole(grad_norm).item()
-            if not math.isfinite(cross_entropy + balance + adapter_balance + grad_norm):
-                raise ValueError(
-                    f"step {done}: the loss is {cross_entropy}, the gradient's norm {grad_norm}; "
-                    f"try a lower --lr (it is {args.lr})"
-                )
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.done.fill_(done)
 
-        if log_now:
-            load = counts / counts.sum(-1, keepdim=True)
-            record = {
-                "cross_entropy": cross_entropy,
-                "balance": balance,
-                "lr": rate,
-                "grad_norm": grad_norm,
-                "tokens_per_second": seen / (time.perf_counter() - since),
-                "memory": peak_memory(args.device),
-                "largest_load": load.max().item(),
-            }
-            text = step_text(done, record)
-            if args.variant == "perft_r":
-                adapter_load = adapter_counts / adapter_counts.sum(-1, keepdim=True)
-                record["adapter_balance"] = adapter_balance
-                record["adapter_load"] = adapter_load.tolist()
-                text += f"   adapters: balance {adapter_balance:.3f}"
-            log.write(text, event="step", step=done, **record, expert_load=load.tolist())
-            seen, since = 0, time.perf_counter()
-        # not after one step: where B starts at 0, A has no gradient in it
-        if log_now and not inert_checked and done >= first + 2:
-            check_inert(model, optimizer, choices)
-            inert_checked = True
-        if (
-            done < steps
-            and settings["epochs"]
-            and data.held_out
-            and done % data.steps_per_epoch == 0
-        ):
-            when = f"after epoch {done // data.steps_per_epoch}"
-            text, record = measure(when, model, tokenizer, data, args)
-            log.write(text, event="epoch", step=done, **record)
+        stop_now = processes.total(torch.tensor(len(noted))) > 0 and done < steps
+        save_now = (stop_now or done % args.save_every == 0) and done < steps
+        log_now = done % args.log_every == 0 or done == steps
+        finite = not (log_now or save_now) or guard.read(args, log, done == steps)
+        if log_now and finite:
+            now = time.perf_counter()
+            left = (now - begun) / (done - first) * (steps - done)
+            speed = seen / (now - since)
+            share = share_of_peak(model, batch, losses.counts, args.device, speed)
+            log_step(args, optimizer, log, losses, grad_norm, speed, share, left)
+            seen, since = 0, now
+            # not after one step: where B starts at 0, A has no gradient in it
+            if not inert_checked and next(iter(optimizer.state.values()))["step"] >= 2:
+                check_inert(model, optimizer, choices)
+                inert_checked = True
+        paused = time.perf_counter()
+        for event, *what in due(args, settings, data, done):
+            text, record = measured(*what)
+            log.write(text, event=event, step=done, **record)
             model.train()
-        if args.eval_every and done % args.eval_every == 0:
-            when = f"at step {done}, validation rows"
-            paused = time.perf_counter()
-            text, record = measure(when, model, tokenizer, data, args, "validation")
-            log.write(text, event="eval", step=done, **record)
-            model.train()
-            since += time.perf_counter() - paused
-        if save_now:
-            eval.check_finite(model)
-            hub.write_tensors(Path(args.out) / "state.safetensors", state_places(model, optimizer))
+        since += time.perf_counter() - paused
+        if save_now and finite:
+            save_state(args.out, model, optimizer, log)
+        if stop_now:
+            said = f"step {done} of {steps} is saved in {args.out}, go on with --resume"
+            number = noted[0] if noted else signal.SIGTERM  # another process's
+            raise run.Stopped(said if finite else "", 128 + number)
     model.eval()
 
 
+def save_state(out, model, optimizer, log):
+    """After the lines of the log that belong to it."""
+    eval.check_finite(model)
+    log.sync()
+    hub.write_tensors(Path(out) / "state.safetensors", state_places(model, optimizer))
+
+
+def due(args, settings, data, done):
+    """What is measured after a step: (event, when, split) of each."""
+    if settings["epochs"] and data.held_out and done < settings["steps"]:
+        if done % data.steps_per_epoch == 0:
+            yield "epoch", f"after epoch {done // data.steps_per_epoch}", "test"
+    if args.eval_every and done % args.eval_every == 0:
+        yield "eval", f"at step {done}, validation rows", "validation"
+
+
+def compile_blocks(model):
+    """Each block by itself: equal blocks share their graphs."""
+    torch._dynamo.config.recompile_limit = 64  # ESFT: a graph for each number of experts
+    for block in model.layers:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
+
+
+def take_step(args, settings, model, optimizer, guard, batch, step):
+    """-> its losses, and the norm of its gradients."""
+    # dropout: the step's own
+    torch.manual_seed((args.seed * 1_000_003 + step + processes.RANK * 7_919) % 2**63)
+    rate = learning_rate(step, settings["steps"], args)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    c_base, c_adapter = settings["balance"], settings["adapter_balance"]
+    losses = forward_backward(model, batch, args, c_base, c_adapter)
+    optimizer.found_inf = guard.look(losses, step + 1)  # where it is 1, AdamW changes nothing
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses, grad_norm
+
+
+def log_step(args, optimizer, log, losses, grad_norm, speed, peak_share, left):
+    cross_entropy, balance, adapter_balance = processes.total(losses.losses).tolist()
+    load = losses.counts / losses.counts.sum(-1, keepdim=True)
+    done = int(optimizer.done)
+    record = {
+        "cross_entropy": cross_entropy,
+        "balance": balance,
+        "lr": optimizer.param_groups[0]["lr"],
+        "grad_norm": processes.whole(grad_norm).item(),
+        "tokens_per_second": speed,
+        "peak_share": peak_share,
+        "memory": peak_memory(args.device),
+        "largest_load": load.max().item(),
+    }
+    text = step_text(done, record)
+    if args.variant == "perft_r":
+        adapter_load = losses.adapter_counts / losses.adapter_counts.sum(-1, keepdim=True)
+        record["adapter_balance"] = adapter_balance
+        record["adapter_load"] = adapter_load.tolist()
+        text += f"   adapters: balance {adapter_balance:.3f}"
+    if left and not sys.stderr.isatty():  # where there is no bar that says it
+        text += f"   {tqdm.format_interval(left)} left"
+    log.write(text, event="step", step=done, **record, expert_load=load.tolist())
+
+
 def step_text(step: int, record: dict) -> str:
+    share = record["peak_share"]
+    peak = "" if share is None else f"   {100 * share:.1f} % of the peak"
     return (
         f"{step:6} {record['cross_entropy']:13.4f} {record['balance']:8.3f} {record['lr']:9.2e} "
         f"{record['grad_norm']:9.3f} {record['tokens_per_second']:9,.0f} "
-        f"{record['memory'] / 1e9:6.2f} GB {record['largest_load']:6.3f}"
+        f"{record['memory'] / 1e9:6.2f} GB {record['largest_load']:6.3f}{peak}"
     )
 
 
@@ -946,31 +1136,26 @@ def check_inert(model, optimizer, choices: torch.Tensor):
 @run.command
 def main(argv=None):
     args = parse_args(argv)
-    args.device = processes.start(args.device)
+    out = Path(args.out)
+    nothing = "nothing was written, the same command begins again"
     if processes.RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process speaks for all)
-    begun = time.time()
     try:
-        train(args)
+        with run.locked(out), run.last_words(lambda: nothing):
+            run.check_run_folder(out, args.resume, args.overwrite, eval.RUN_FILES)
+            args.device = processes.start(args.device)
+            train(args)
         processes.stop()
     except (ValueError, OSError) as error:
         if processes.RANK == 0:
             raise
         raise ValueError(f"in process {processes.RANK}: {error}") from None
-    except KeyboardInterrupt as stop:
-        code = getattr(stop, "code", 130)  # run.Stopped has the signal's
-        raise run.Stopped(what_is_where(args, begun), code) from None
 
 
-def what_is_where(args, begun: float) -> str:
-    """After a stop: what this run, begun at that time, has written, and how to go on."""
-    out = Path(args.out)
-    for name in (perft.WEIGHTS, esft.WEIGHTS, "model/model.safetensors"):
-        if (out / name).exists() and (out / name).stat().st_mtime > begun:
-            return f"training is done, {out / name} is saved; accuracies: eval.py --adapter {out}"
-    state = out / "state.safetensors"
-    if state.exists() and (args.resume or state.stat().st_mtime > begun):
-        return "continue with --resume"
+def what_is_where(out: Path) -> str:
+    """Of a run whose steps have begun: what there is of it, and how to go on."""
+    if (out / "state.safetensors").exists():
+        return f"an earlier step is saved in {out}, go on with --resume"
     return "nothing was saved, begin again with --overwrite"
 
 

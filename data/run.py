@@ -7,8 +7,8 @@ and remedy. A file that is written gets a temporary name first, so that a reader
 or the new one, and nothing in between.
 
 A run folder holds config.json (every setting), metrics.jsonl (one JSON object a line), what was
-trained, and while the run is unfinished state.safetensors: the trained parameters and AdamW's
-moments.
+trained, while the run is unfinished state.safetensors (the trained parameters and AdamW's moments),
+and while a process is at work a file lock.HOST.PID.
 
 This file imports no torch: tokenizers, skills and downloads stand on it, and do without.
 """
@@ -18,13 +18,15 @@ import functools
 import json
 import math
 import os
+import platform
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tqdm import tqdm
+ROOT = Path(__file__).resolve().parent.parent
 
 # Reading -----------------------------------------------------------------------------------------
 
@@ -153,9 +155,18 @@ class Parser(argparse.ArgumentParser):
         return [text for action in self._actions for text in action.option_strings]
 
     def error(self, message):
-        several = "TORCHELASTIC_RUN_ID" in os.environ  # of several processes the first speaks
-        silent = several and os.environ.get("RANK") != "0"
-        self.exit(2, None if silent else f"{self.prog}: error: {message}; see --help\n")
+        line = f"{self.prog}: error: {message}; see --help\n"
+        self.exit(2, None if is_silent() else line)
+
+
+def is_silent() -> bool:
+    """Of several processes the first speaks."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
+
+
+def refuse(message: str):
+    """A usage error that a parser alone does not find."""
+    Parser(prog=Path(sys.argv[0]).name).error(message)
 
 
 def number(kind: type, lowest: float, above=False, most: float = math.inf):
@@ -191,6 +202,65 @@ class Stopped(KeyboardInterrupt):
         self.code = code  # 128 + the signal's number
 
 
+def end_now(number, frame):
+    """While Python imports (torch takes seconds, and an exception there may be swallowed), and when
+    a stop itself is too slow for somebody."""
+    if not is_silent():
+        os.write(2, b"stopped\n")
+    os._exit(128 + number)
+
+
+def raise_stopped(number, frame):
+    signal.signal(number, end_now)
+    raise Stopped("", 128 + number)
+
+
+def answer(handler: Callable) -> dict:
+    """From now on Ctrl-C and SIGTERM call handler(number, frame) -> what they called before."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # else Python objects
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as in the background of a shell
+                before[number] = signal.signal(number, handler)
+    return before
+
+
+@contextmanager
+def answering(handler: Callable):
+    before = answer(handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
+def noting():
+    """Inside, the first Ctrl-C or SIGTERM is put into the list that this gives, and no more: the
+    work ends where it is whole. A second one stops it at once."""
+    noted = []
+
+    def note(number, frame):
+        if noted:
+            raise_stopped(number, frame)
+        noted.append(number)
+        if not is_silent():
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
+
+    with answering(note):
+        yield noted
+
+
+@contextmanager
+def last_words(text: Callable):
+    """What text() says is told to who stops the work inside."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Stopped(str(stop) or text(), getattr(stop, "code", 130)) from None
+
+
 def command(main: Callable) -> Callable:
     """Decorates a script's main: the one place where what goes wrong becomes a line and a code.
 
@@ -201,59 +271,106 @@ def command(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def guarded(*arguments):
-        in_charge = threading.current_thread() is threading.main_thread()  # else Python objects
-        before = signal.signal(signal.SIGTERM, terminate) if in_charge else None
         try:
-            return main(*arguments)
+            with answering(raise_stopped):
+                return main(*arguments)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {one_line(error)}")
         except KeyboardInterrupt as stop:
-            print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
+            if not is_silent():
+                print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
             sys.exit(getattr(stop, "code", 130))
-        finally:
-            if in_charge:
-                signal.signal(signal.SIGTERM, before)
 
     return guarded
 
 
-def terminate(number, frame):
-    raise Stopped("", 128 + number)
-
-
 def one_line(error: Exception) -> str:
-    """An error's message: whatever a library put into it, on one line of bounded length."""
+    """An error's message: whatever a library put into it, on one printable line of bounded
+    length."""
     text = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     if isinstance(error, OSError) and error.filename:  # else it would begin with "[Errno 28]"
         text = f"{error.filename}: {error.strerror}; is there room, and may it be written?"
     return text if len(text) <= 1000 else f"{text[:997]}..."
 
 
+# The scripts import this file first, so that Ctrl-C is one line while they import torch. Whoever
+# imports it as a library keeps his own answers.
+script = Path(sys.argv[0]).resolve()
+if script.suffix == ".py" and script.parent in (ROOT, ROOT / "data"):
+    answer(end_now)
+
+
 # A run's folder ----------------------------------------------------------------------------------
 
 
+def is_alive(pid: str) -> bool:
+    """Might another process have this number? Not where it is this one's: in a container the next
+    process may get the number of the last."""
+    if pid == str(os.getpid()):
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, OSError):  # no number of a process; somebody else's
+        return True
+    return True
+
+
+@contextmanager
+def locked(folder: Path):
+    """Inside, a folder, made if it is not there, is this process's alone, by its file
+    lock.HOST.PID: each makes its own, then looks for others', so that no two go on. What dead
+    processes left there is removed."""
+    if is_silent():  # the first of several processes locks for all
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is not a folder; choose another")
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    here = platform.node()
+    mine = folder / f"lock.{here}.{os.getpid()}"
+    mine.write_text("")
+    try:
+        for other in set(folder.glob("lock.*.*")) - {mine}:
+            host, _, pid = other.name.removeprefix("lock.").rpartition(".")
+            if host != here or is_alive(pid):
+                refuse(
+                    f"{folder}: process {pid} on {host} is at work in it; wait, or choose another "
+                    f"--out (if there is no such process, remove {other.name})"
+                )
+            other.unlink(missing_ok=True)
+        for file in [*folder.glob("*.*.*.tmp"), *folder.glob("model/*.*.*.tmp")]:
+            if not is_alive(file.suffixes[-2][1:]):
+                file.unlink()
+        yield
+    finally:
+        mine.unlink(missing_ok=True)
+        if made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
 def check_run_folder(out: Path, resume: bool, overwrite: bool, written: Iterable[str]):
-    """Nothing that a user has is lost: ValueError unless the folder is free of what a run writes
-    there (`written`), or holds a run and the flags say what to do with it."""
+    """Nothing that a user has is lost: refuse unless the folder is free of what a run writes there
+    (`written`), or holds a run and the flags say what to do with it."""
     if resume and overwrite:
-        raise ValueError("--resume and --overwrite: choose one")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is not a folder; choose another")
+        refuse("--resume and --overwrite: choose one")
     has_run = (out / "metrics.jsonl").exists()
     unfinished = (out / "state.safetensors").exists()
     if resume and not unfinished:
-        raise ValueError(
-            f"{out} holds no unfinished run to resume (no state.safetensors); drop --resume"
-        )
+        refuse(f"{out} holds no unfinished run to resume (no state.safetensors); drop --resume")
     others = [name for name in ("config.json", *written) if (out / name).exists()]
     if others and not has_run:
-        raise ValueError(
+        refuse(
             f"{out} holds {others[0]}, but no run (a model folder, an adapter?); "
             "choose another --out"
         )
     if has_run and not (resume or overwrite):
         go_on = "continue it with --resume, " if unfinished else ""
-        raise ValueError(
+        refuse(
             f"{out} already holds a run: {go_on}replace it with --overwrite, "
             "or choose another --out"
         )
@@ -282,19 +399,31 @@ class Log:
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
 
     def write(self, text: str, **record):
+        from tqdm import tqdm  # here: Ctrl-C is answered the sooner
+
         tqdm.write(text)
         if self.file:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
 
+    def sync(self):
+        """All that was written is on the disk, whatever happens to the machine."""
+        if self.file:
+            os.fsync(self.file.fileno())
+
 
 def log_lines(path: Path, last_step: int) -> list[str]:
-    """The lines of a metrics.jsonl up to a step. ValueError, with file:line, for a damaged one."""
+    """The lines of a metrics.jsonl up to a step: those before the first of a later one. ValueError,
+    with file:line, for a damaged one of them."""
     kept = []
     for i, line in enumerate(whole_lines(path)):
         try:
-            if json.loads(line).get("step", 0) <= last_step:
-                kept.append(line)
+            step = json.loads(line).get("step", 0)
+            if not is_kind(step, int):
+                raise ValueError
+            if step > last_step:
+                break
+            kept.append(line)
         except (ValueError, AttributeError, TypeError, RecursionError):
             raise ValueError(
                 f"{path}:{i + 1}: is no line of a log; remove it, then --resume again"

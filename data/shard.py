@@ -15,8 +15,8 @@ of them. What a caller must know:
     share filled from the files (data/hub.py). Saving gathers one parameter at a time; process 0
     writes.
 
-Ctrl-C goes to torchrun, which stops all: what was saved last is there, and --resume goes on from
-it.
+Ctrl-C goes to torchrun, which passes it on: all finish the same step, save it, and --resume goes on
+from it. torchrun waits 30 seconds for that, and its own traceback comes last.
 
 Frozen bfloat16 weights and float32 adapters may stand in one block (they travel as bytes); what
 trains has one dtype.
@@ -43,7 +43,9 @@ def start(device: str) -> str:
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    # small messages between the CPUs do not wait for the GPUs
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    torch.distributed.init_process_group(backend)
     return device
 
 

@@ -196,7 +196,7 @@ EXACT = {"event", "step", "lr", "accuracy", "kept", "bytes"}
 
 def log(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["event"] != "memory"]
+    lines = [line for line in lines if line["event"] not in ("memory", "resumed")]
     return [{k: v for k, v in line.items() if k not in CLOCKED} for line in lines]
 
 

@@ -423,6 +423,7 @@ def test_a_request_to_end_is_an_interruption_with_143(capsys):
 def test_in_a_process_of_its_own(tmp_path):
     """Exit codes and both streams, as a shell sees them; and no torch was needed for that."""
     program = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys\nfrom data import run\n"
         "def main():\n    assert 'torch' not in sys.modules\n    raise {}\n"
         "run.command(main)()\n"
@@ -434,6 +435,14 @@ def test_in_a_process_of_its_own(tmp_path):
         argv = [sys.executable, "-c", program.format(error)]
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
+
+
+def usage_error(action, capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        action()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    return said
 
 
 # A run's folder ----------------------------------------------------------------------------------
@@ -489,21 +498,13 @@ def test_a_free_folder_and_one_of_which_the_flags_speak_are_taken(
     ],
 )
 def test_a_folder_that_holds_something_of_value_is_refused(
-    tmp_path, files, resume, overwrite, words
+    tmp_path, capsys, files, resume, overwrite, words
 ):
     """A run that nobody said to replace, a model, an adapter; and flags that contradict."""
     out = make_folder(tmp_path, files)
-    fault(lambda: run.check_run_folder(out, resume, overwrite, FILES), *words)
+    said = usage_error(lambda: run.check_run_folder(out, resume, overwrite, FILES), capsys)
+    assert all(word in said for word in words)
     assert files is None or names(out) == sorted(files)
-
-
-def test_a_file_is_no_folder(tmp_path):
-    (tmp_path / "out").write_text("")
-    fault(
-        lambda: run.check_run_folder(tmp_path / "out", False, True, FILES),
-        tmp_path / "out",
-        "is not a folder",
-    )
 
 
 def test_what_changed_is_named_with_both_sides():

@@ -231,11 +231,11 @@ def test_the_run_ends_with_its_peak(go, capsys, variant):
     """The peak of a process is more than the weights (torch alone takes some hundred MB)."""
     lines, _ = go(variant, out="run")
     (memory,) = (line for line in lines if line["event"] == "memory")
-    assert memory.keys() == {"event", "peak"}
+    assert memory.keys() == {"event", "seconds", "peak"} and memory["seconds"] > 0
     with torch.device("meta"):
         base = sum(p.nbytes for p in MoETransformer(TINY).parameters())
     assert memory["peak"] > base
-    said = f"memory: at most {memory['peak'] / 1e9:.2f} GB"
+    said = f"took {memory['seconds']:,.0f} s and at most {memory['peak'] / 1e9:.2f} GB of memory"
     assert said in capsys.readouterr().out.splitlines()
 
 

@@ -95,7 +95,7 @@ def metrics(folder, event=None):
 
 def numbers(folder):
     """What a run logged, without what the clock and the machine decide."""
-    free = ("tokens_per_second", "memory", "file", "peak")
+    free = ("tokens_per_second", "memory", "file", "peak", "seconds")
     return [{k: v for k, v in line.items() if k not in free} for line in metrics(folder)]
 
 
@@ -130,14 +130,14 @@ def test_the_screen_tells_the_run_in_order_and_the_files_hold_its_numbers(run, c
         "\naccuracy before: ",
         "\n  step cross-entropy",
         "\naccuracy after: ",
-        "\nmemory: at most ",
+        "\ntook ",
         "\nsaved ",
     ]
     places = [screen.index(heading) for heading in headings]
     assert places == sorted(places)
     assert all(screen.count(heading) == 1 for heading in headings)
 
-    line = r"^ +(\d+)" + 6 * r" +(\S+)" + r" GB +(\S+)   adapters: balance (\S+)$"
+    line = r"^ +(\d+)" + 6 * r" +(\S+)" + r" GB +(\S+)   adapters: balance (\S+)(?:   .* left)?$"
     steps = re.findall(line, screen, re.M)
     logged = metrics(folder, "step")
     assert [int(row[0]) for row in steps] == [line["step"] for line in logged] == [2, 4, 6]
@@ -278,9 +278,9 @@ def ctrl_c():
 
 
 def outcome(folder):
-    """What a finished run leaves behind, without paths and clocks."""
+    """What a finished run leaves behind, without paths, clocks, and how often it was continued."""
     model = [path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))]
-    return [line for line in numbers(folder) if line["event"] != "saved"], model
+    return [line for line in numbers(folder) if line["event"] not in ("saved", "resumed")], model
 
 
 @pytest.mark.parametrize(
@@ -794,8 +794,12 @@ USAGE = {  # flags -> what the line must say: all of this can be known from the 
     "--variant perft_s --lr -1": ["lr", "-1"],
     "--variant perft_s --clip -1": ["clip", "-1"],
     "--variant perft_s --task juggle": ["juggle", "kinship_new"],
-    "--variant full --dtype bfloat16": ["--dtype", "'bfloat16'", "choose from 'float32'"],
-    "--variant scratch --dtype bfloat16": ["--dtype", "'bfloat16'", "choose from 'float32'"],
+    "--variant full --dtype bfloat16": ["--dtype bfloat16 does not apply", "full", "perft_s, "],
+    "--variant scratch --dtype bfloat16": [
+        "--dtype bfloat16 does not apply",
+        "scratch",
+        "perft_s, ",
+    ],
     "--variant perft_s --resume --overwrite": ["--resume", "--overwrite"],
     "--variant perft_s --resume": ["no unfinished run", "--resume"],
     "--variant perft_s --device banana": ["banana", "cpu"],
@@ -900,7 +904,7 @@ BROKEN = {  # the fault -> what the line must say besides the folder
     "no tokenizer": ["tokenizer.json", "no such file"],
     "no weights": ["model.safetensors"],
     "cut off": ["model.safetensors", "cut off"],
-    "not safetensors": ["model.safetensors", "corrupt"],
+    "not safetensors": ["model.safetensors", "not valid JSON", "download it again"],
     "too few experts": ["tensors that the model does not have", "experts.7", "configuration"],
     "another architecture": ["config.json", "llama", "olmoe, mixtral"],
     "not JSON": ["config.json", "not valid JSON"],
@@ -972,7 +976,6 @@ def test_a_run_is_resumed_with_the_flags_it_was_begun_with(run, monkeypatch):
         interrupted(patch, 7, ctrl_c)
         run("perft_s", *LONG)
     changes = [
-        ("lr", "0.001", "0.002"),
         ("steps", "9", "12"),
         ("rank", "16", "8"),
         ("seed", "0", "1"),
@@ -983,7 +986,8 @@ def test_a_run_is_resumed_with_the_flags_it_was_begun_with(run, monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             run("perft_s", *LONG, f"--{flag}", now.strip('"'), "--resume")
         message = stopped.value.code
-        assert message.startswith("error: --resume continues a run as it was begun; changed: ")
+        assert message.startswith("error: --resume continues ")
+        assert " as it was begun; changed: " in message
         assert f"{flag} {then} then, {now} now" in message and "\n" not in message
     with pytest.raises(SystemExit) as stopped:
         run("perft_d", *LONG, "--resume")
@@ -1009,7 +1013,7 @@ def test_an_out_that_is_a_file_is_refused_with_cause_and_remedy_and_stays_as_it_
     flags = ("--base", base, "--out", tmp_path / "notes", *SHORT)
     code, message = failure("--variant", "perft_s", *flags)
     message = message or capsys.readouterr().err
-    assert code == 2 and str(tmp_path / "notes") in message
+    assert code == 1 and str(tmp_path / "notes") in message
     assert "--out" in message and "not a folder" in message
     assert (tmp_path / "notes").read_text() == "mine"
 
@@ -1052,10 +1056,9 @@ def test_overwrite_removes_what_the_replaced_run_and_its_evaluation_wrote_and_no
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_no_adapter(run, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         run("perft_s", "--lr", 1e30)
-    message = stopped.value.code
-    said = r"error: step \d: the loss is (\S+), the gradient's norm (\S+); "
-    said += r"try a lower --lr \(it is 1e\+30\)"
-    assert {"nan", "inf"} & set(re.fullmatch(said, message).groups())
+    said = r"error: .+ was not finite in step 2, nor was any step since; "
+    said += r"lower --lr \(it is 1e\+30\): nothing was saved, begin again with --overwrite"
+    assert re.fullmatch(said, stopped.value.code)
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
     with pytest.raises(SystemExit) as stopped:  # finite in its one step, and no number after it
         run("perft_s", "--lr", 1e38, "--steps", 1, "--warmup", 1, "--init", "lora", out="last")
