@@ -6,16 +6,22 @@ is compared runs in turn, and medians of them. Not a test.
     python tests/bench.py block --csv out.csv    and as rows of a table
     python tests/bench.py step --device cuda --size olmoe
                                                  all of OLMoE-1B-7B with random weights, on a GPU
+    python tests/bench.py full --size olmoe --threads 2 --work DIR
+                                                 the same from a file of 13.8 GB, on a CPU
 
 block     one MoE layer, forward + backward, against transformers' with the same weights. `kept` is
           what forward keeps for backward: storages of saved tensors, each counted once, without
           parameters and buffers.
 step      a training step (forward, backward, clip, AdamW) against transformers and transformers +
           peft: same weights and batch, adapters that begin at 0, so the first losses agree.
+          LoRA on experts also in one OLMoE-sized layer, 2,048 tokens.
           --size olmoe: cases run one after the other, a card holds one; `of floor`: against all
           matrix products at the speed of one large product, measured then.
 scaling   growth with tokens, experts, rank and layers, not compiled.
 adapters  what adapters add to forward + backward of the frozen base, in percent.
+full      a model folder of random weights is written to --work, loaded, and makes a few steps:
+          perft_r against transformers + peft (LoRA on q and v), in turn, each in a process of its
+          own (CPU only). --size olmoe: 14 GB of disk and 18 of memory.
 eval      prompts a second, against transformers' generate (CPU only).
 esft      what ESFT costs (CPU only).
 
@@ -44,12 +50,16 @@ import copy
 import csv
 import gc
 import json
+import multiprocessing
 import platform
 import shlex
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -64,7 +74,7 @@ import torch  # noqa: E402
 import esft  # noqa: E402
 import eval  # noqa: E402
 import perft  # noqa: E402
-from data import hub, skills  # noqa: E402
+from data import hub, run, skills  # noqa: E402
 from data.dataset import encode_prompt, encode_rows, pad_batch  # noqa: E402
 from data.hub import make_config  # noqa: E402
 from data.tasks import TASKS  # noqa: E402
@@ -75,11 +85,11 @@ from train import make_optimizer  # noqa: E402
 
 OLMOE = make_config(OLMOE_1B_7B, Config)
 RANK = 16
-OURS = (*PERFT, "lora_qv", "esft", "full")
+OURS = (*PERFT, "lora_qv", "lora_experts", "esft", "full")
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 PEERS = {  # peft's targets, and the variant of ours to compare with
     "peft_qv": ({"target_modules": ["q_proj", "v_proj"]}, "perft_s"),
-    "peft_experts": ({"target_modules": [], "target_parameters": EXPERTS}, "perft_e"),
+    "peft_experts": ({"target_modules": [], "target_parameters": EXPERTS}, "lora_experts"),
     "transformers_full": (None, "full"),
 }
 # What is compiled if nobody says: on a CPU, where it takes longest, a few. peft_experts compiles
@@ -286,7 +296,7 @@ def block_case(args, way, trains=False, adapter=None, over=None, **sizes) -> Cas
         module.experts.path = mode
     torch.manual_seed(0)
     if adapter:
-        module = perft.wrap_moe(module, adapter, base.config, 0).train()
+        module = perft.PerftMoE(module, adapter, base.config, 0).train()
     x, grad = (torch.randn(1, T, sizes["D"], dtype=base.dtype, device=args.device) for _ in "xg")
     compile_if(mode, [module])
 
@@ -330,17 +340,19 @@ def step_case(base: Base, batch, way, whole=True) -> Case:
     """way: (variant or peer, mode). whole False: no optimizer, and the gradient goes down to the
     embeddings."""
     who, mode = way
-    ids, labels = batch
-    options = {}
     torch.manual_seed(0)
     if who in PEERS:
-        model, options = base.theirs(mode), {"use_cache": False}
-        model = with_peft(model, PEERS[who][0])
+        model = with_peft(base.theirs(mode), PEERS[who][0])
         layers = [m for m in model.modules() if type(m).__name__ == "OlmoeDecoderLayer"]
         compile_if(mode, layers)
-    else:
-        model = prepare(base.ours(), who, ids)
-        compile_if(mode, model.layers)
+        return step_of(model, batch, whole, use_cache=False)
+    model = prepare(base.ours(), who, batch[0])
+    compile_if(mode, model.layers)
+    return step_of(model, batch, whole)
+
+
+def step_of(model, batch, whole=True, **options) -> Case:
+    ids, labels = batch
     trained = [p for p in model.parameters() if p.requires_grad]
     if whole:
         settings = SimpleNamespace(lr=1e-5, weight_decay=0.0, beta2=0.999)
@@ -466,6 +478,8 @@ def bench_step(args) -> Table:
                 row["floor_tokens_per_second"] = floor
                 row["floor_share"] = row["tokens_per_second"] / floor
         table += rows.values()
+    if not large:
+        table += layer_rows(args)
     columns = {
         "case": "{case}",
         "loss": "{loss:.4f}",
@@ -483,6 +497,23 @@ def bench_step(args) -> Table:
     if speed:
         what += f"; one product {speed / 1e12:.0f} TFLOP/s"
     return Table(f"{what}; {batch[0].numel():,} tokens, r {RANK}", columns, table)
+
+
+def layer_rows(args) -> list[dict]:
+    """Steps of one OLMoE-sized layer in bfloat16, LoRA on its experts: in the embedded model they
+    are so narrow that it shows little of what they cost."""
+    base = layer_base(args.device, D=2048, F=1024, E=64, K=8)
+    batch = step_batch(base, 2048, 512)
+    ways = {"lora_experts": "eager", "peft_experts": "default"}
+    builders = {}
+    for way in ways.items():
+        if way[0] in args.cases:
+            builders[way] = partial(step_case, base, batch, way)
+    rows = measure(builders, max(args.rounds // 3, 1))
+    for row in rows.values():
+        row["case"] = f"OLMoE layer: {row['case']}"
+        row["ratio"] = ratio(row, *rows.values())
+    return list(rows.values())
 
 
 class Sweep(NamedTuple):
@@ -760,12 +791,95 @@ def bench_eval(args) -> Table:
     return Table(f"Evaluation: {len(rows)} prompts of {lengths} at once", columns, table)
 
 
+# Group full --------------------------------------------------------------------------------------
+
+
+def write_weights(config: Config, folder: Path):
+    """A model folder as the released ones are, of random weights in bfloat16."""
+    folder.mkdir(parents=True)
+    Base("cpu", config, torch.bfloat16).ours().save_pretrained(folder)
+
+
+def load_and_step(who: str, folder: Path, threads: int) -> dict:
+    """In a process of its own: seconds to load, tokens a second, the most memory it held."""
+    torch.set_num_threads(threads)
+    if who != "perft_r":
+        import peft  # noqa: F401 (not counted: it takes seconds)
+        import transformers
+    batch = [torch.randint(8, 1000, (2, 256), generator=torch.Generator().manual_seed(0))] * 2
+    begun = time.perf_counter()
+    if who == "perft_r":
+        edit = partial(prepare, variant=who, ids=None)
+        model = MoETransformer.from_pretrained(folder, torch.bfloat16, edit=edit)
+        case = step_of(model.train(), batch)
+    else:
+        auto = transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(folder, dtype=torch.bfloat16)
+        case = step_of(with_peft(model, PEERS[who][0]).train(), batch, use_cache=False)
+    row = {"case": who, "load_s": time.perf_counter() - begun}
+    row["loaded_gb"] = run.peak_memory() / 1e9
+    row["first_loss"] = case.run().item()
+    begun = time.perf_counter()
+    for _ in range(2):
+        case.run()
+    row["tokens_per_second"] = 2 * case.tokens / (time.perf_counter() - begun)
+    return row | {"peak_gb": run.peak_memory() / 1e9}
+
+
+def go_first():
+    """Where memory runs out, Linux ends this process before any other."""
+    score = Path("/proc/self/oom_score_adj")
+    if score.exists():
+        score.write_text("1000")
+
+
+def alone(function, *arguments):
+    """Its result, of a process that begins and ends with it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, go_first) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def bench_full(args) -> Table:
+    config = OLMOE
+    if args.size == "tiny":
+        config = replace(OLMOE, num_hidden_layers=2, num_experts=16)
+    folder = Path(args.work) / "random_olmoe"
+    shutil.rmtree(folder, ignore_errors=True)
+    rows = []
+    try:
+        alone(write_weights, config, folder)
+        size = (folder / "model.safetensors").stat().st_size / 1e9
+        for i in range(2 if args.size == "tiny" else 1):
+            for who in ("perft_r", "peft_qv"):
+                try:
+                    row = alone(load_and_step, who, folder, args.threads)
+                except (BrokenProcessPool, ImportError, RuntimeError) as error:
+                    row = {"case": who, "failed": f"{type(error).__name__}: {error}"}
+                row["case"] += f", round {i + 1}"
+                rows.append(row)
+                print(f"  {row}", file=sys.stderr, flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    columns = {
+        "case": "{case}",
+        "load s": "{load_s:.1f}",
+        "tokens/s": "{tokens_per_second:.1f}",
+        "peak GB": "{peak_gb:.1f}",
+        "loaded": "{loaded_gb:.1f}",
+        "loss": "{first_loss:.4f}",
+    }
+    title = f"A folder of {size:.1f} GB, bfloat16, loaded and stepped; 2 x 256 tokens"
+    return Table(f"{title}, r {RANK}, AdamW", columns, rows)
+
+
 GROUPS = {
     "block": bench_block,
     "step": bench_step,
     "scaling": bench_scaling,
     "adapters": bench_adapters,
     "esft": bench_esft,
+    "full": bench_full,
     "eval": bench_eval,
 }
 
@@ -778,7 +892,7 @@ def parse_args():
     add = parser.add_argument
     add("groups", nargs="*", metavar="GROUP", help=f"which (all): {', '.join(GROUPS)}")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
-    about = "of block and step (%(default)s)"
+    about = "of block, step and full (%(default)s)"
     add("--size", choices=("tiny", "olmoe"), default="tiny", help=about)
     about = "of block (4096), and of step with --size olmoe (16384)"
     add("--tokens", type=int, metavar="N", help=about)
@@ -790,6 +904,7 @@ def parse_args():
     about = "of step; small cases take more, large ones fewer (%(default)s)"
     add("--rounds", type=int, default=11, help=about)
     add("--threads", type=int, default=1, help="CPU threads of torch (%(default)s)")
+    add("--work", default="out/bench", metavar="DIR", help="of full, for weights (%(default)s)")
     add("--json", metavar="PATH", help="write the numbers there too")
     about = "append them there, a number a row, with machine, versions and command"
     add("--csv", metavar="PATH", help=about)
@@ -797,9 +912,9 @@ def parse_args():
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
         parser.error(f"no group {', '.join(unknown)}; choose from {', '.join(GROUPS)}")
-    on_cpu = {"esft", "eval"} if args.device == "cuda" else set()
+    on_cpu = {"esft", "full", "eval"} if args.device == "cuda" else set()
     if on_cpu & set(args.groups):
-        parser.error("groups esft and eval run on the CPU only")
+        parser.error("groups esft, full and eval run on the CPU only")
     args.groups = args.groups or [name for name in GROUPS if name not in on_cpu]
     args.compiled = args.compiled or COMPILED[args.device]
     return args
