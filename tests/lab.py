@@ -1,7 +1,7 @@
 """The lab: eight exercises on fine-tuning Mixture-of-Experts models, each plugged into a live one.
 
-    python tests/lab.py              checks all eight, in about half a minute
-    python tests/lab.py --only 1     checks one
+    python tests/lab.py              checks all eight, in about 40 s of CPU time
+    python tests/lab.py --only 1     checks one (--only 3 5: these two)
 
 Write 3 to 15 lines in place of each `raise NotImplementedError`, in order or not, and run that
 command as often as you like. It checks every function twice: on numbers small enough for paper,
@@ -31,7 +31,7 @@ from torch import Tensor  # noqa: E402
 def route(x: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The router: which experts does each token get, and how much does each of them count?
 
-        s = softmax(x weight^T)     over all E experts, in float32 whatever the dtype of x
+        s = softmax(x weight^T)     over all E experts, the softmax in float32 whatever x has
         kept: the K largest s of each token, as they are (OLMoE does not make them sum to 1)
 
     x (N, D), weight (E, D)
@@ -55,13 +55,14 @@ def dispatch(
     num_experts: int,
     expert: Callable[[int, Tensor], Tensor],
 ) -> Tensor:
-    """Dispatch: sort, so that each expert computes all of its tokens in one call.
+    """Dispatch: each expert computes all of its tokens in one call.
 
         y[n] = sum over k of  weights[n, k] * expert(ids[n, k], x[n])
 
-    A pair is a token and one of its K slots: there are N * K. Sort them by expert, call
-    expert(e, rows) once for each e that has rows (it takes (n, D) and returns (n, D)), and add each
-    result, times its weight, to its token.
+    A pair is a token and one of its K slots: there are N * K. Call expert(e, rows) once for each e
+    that has rows (it takes (n, D) and returns (n, D)), and never for one that has none; add each
+    result, times its weight, to its token, and leave x as it is. Any way to find the rows of e will
+    do: the usual one, which the example shows, is to sort the pairs by expert.
 
     x (N, D), weights (N, K), ids (N, K) -> y (N, D)
 
@@ -85,8 +86,14 @@ def perft_s_and_d(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
     x (N, D), A (M, r, D), B (M, D, r) -> (N, D), to be added to what the frozen block computes
 
-    Example: r = 1, A_0 = [[1, 1]], B_0 = [[1], [0]], scale 3. For x = [[1, 2]] it is x A_0^T =
-    [[3]], and Delta_0(x) = [[9, 0]].
+    Every adapter reads the same x.
+
+    A_j is (r, D), so x A_j^T is x @ A[j].T, and for one token x[n] @ A[j].T. A loop over M is fine.
+    No Python loop over the N tokens: the model has hundreds to thousands.
+
+    Example: M = 2, r = 1, scale 3, x = [[1, 2]]. A_0 = [[1, 1]], B_0 = [[1], [0]]: x A_0^T = [[3]]
+    and Delta_0(x) = [[9, 0]]. A_1 = [[1, 0]], B_1 = [[2], [1]]: x A_1^T = [[1]] and Delta_1(x) =
+    [[6, 3]]. To return: [[15, 3]].
 
     hint: perft.py, Adapters.forward
     """
@@ -101,34 +108,31 @@ def perft_r(
 ) -> Tensor:
     """PERFT-R: the adapters have a router of their own, and a token gets K of the M.
 
-        G = softmax(x router_weight^T)                              over all M, in float32
+        G = softmax(x router_weight^T)     over all M, the softmax in float32 whatever x has
         to return: the sum over the K largest G_j of  G_j * Delta_j(x)     not renormalised
 
-    x (N, D), A (M, r, D), B (M, D, r), router_weight (M, D) -> (N, D)
+    x (N, D), A (M, r, D), B (M, D, r), router_weight (M, D), all of one dtype
+    -> (N, D) in that dtype
 
-    Example: G(x) = [[0.1, 0.3, 0.6]], top_k 2: 0.6 Delta_2(x) + 0.3 Delta_1(x).
+    Delta_j and the shapes as in exercise 3; a loop over K or M is fine, none over N.
+
+    Example: x = [[1, 0]], router_weight [[log 1, 0], [log 3, 0], [log 6, 0]], so G = [[0.1, 0.3,
+    0.6]]; top_k 2: 0.6 Delta_2(x) + 0.3 Delta_1(x). With Delta_2(x) = [[30, 0]] and Delta_1(x) =
+    [[0, 3]] that is [[18, 0.9]].
 
     hint: perft.py, PerftMoE.gate_of_adapters
     """
     raise NotImplementedError
 
 
-def released_perft_r(x, A, B, scale, router_weight, top_k, base_weights):
-    """What the code that was released for OLMoE computes in place of perft_r. base_weights (N, K):
-    how much each token's pretrained experts count, largest first. Nothing to write here: read."""
-    G = F.softmax(x @ router_weight.T, dim=-1)
-    _, ids = G.topk(top_k)
-    y = torch.zeros_like(x)
-    for k in range(top_k):
-        hidden = torch.einsum("nd,nrd->nr", x, A[ids[:, k]])
-        delta = torch.einsum("nr,ndr->nd", hidden, B[ids[:, k]]) * scale
-        y = y + base_weights[:, k, None] * delta
-    return y
-
-
 def which_gradient_is_zero() -> str:
-    """In released_perft_r one of its parameters never gets a gradient from the loss, so it stays
-    random for ever. Which one? -> "A", "B" or "router_weight".
+    """Second part of exercise 4: the code that was released for OLMoE returns, in place of perft_r,
+
+        the sum over k of  base_weights[n, k] * Delta_j(x[n]),  j the adapter of the k-th largest G
+
+    base_weights (N, K) are how much the token's pretrained experts count, largest first. One of the
+    adapters' parameters never gets a gradient from the loss, so it stays random for ever. Which?
+    -> "A", "B" or "router_weight"
 
     hint: perft.py, the first of the three facts on its first page
     """
@@ -146,6 +150,9 @@ def perft_e(x: Tensor, A: Tensor, B: Tensor, scale: float, weights: Tensor, ids:
     x (N, D), A (E, r, D), B (E, D, r); weights, ids (N, K), what the pretrained router decided
     -> (N, D)
 
+    Delta_j and the shapes as in exercise 3. A loop over K or E is fine. No Python loop over the N
+    tokens: the model has hundreds to thousands.
+
     Example: weights [[0.5, 0.25]], ids [[2, 0]]: 0.5 Delta_2(x) + 0.25 Delta_0(x).
 
     hint: perft.py, Adapters.beside_experts
@@ -162,7 +169,7 @@ def choose_experts(counts: Tensor, n_tokens: int, top_k: int, p: float) -> list[
         score[l, e] = counts[l, e] / (K * n_tokens)     rounded to 4 decimals
         chosen in layer l: in descending order of score, the fewest whose sum reaches p
 
-    Of equal scores the lower id comes first.
+    The sum is of the rounded scores. Of equal scores the lower id comes first.
 
     counts (L, E) int64: for how many of n_tokens tokens expert e is among the K
     -> for each layer the ids of the chosen, best first
@@ -181,9 +188,11 @@ def choose_experts(counts: Tensor, n_tokens: int, top_k: int, p: float) -> list[
 def balance_loss(router_logits: list[Tensor], ids: list[Tensor]) -> Tensor:
     """The balance loss: how unevenly does each layer use its experts? 1 is even.
 
-        f_e = the share of a layer's N * K choices that fell on e
+        f_e = the share of a layer's N * K choices that fell on e; all K of a token count
         P_e = the mean over its N tokens of softmax(router_logits)_e
         to return: the mean over the layers of   E * (sum over e of f_e P_e)
+
+    An expert that nobody chose has f_e = 0 (bincount needs minlength).
 
     Why layer by layer, and not all tokens of all layers at once? Try it, and read what the check
     says.
@@ -210,7 +219,8 @@ def predict() -> float:
 
 def random_control(chosen: list[list[int]], num_experts: int, seed: int) -> list[list[int]]:
     """The control of exercise 8: in each layer as many experts as `chosen` has there, drawn by
-    chance from all num_experts, no one twice. A seed always gives the same ones.
+    chance from all num_experts, no one twice; ids as Python ints (.tolist()). A seed always gives
+    the same ones. One generator for all layers: seed it once, before the loop.
 
     Example: chosen [[3, 1], [0]] of 8 experts might give [[5, 1], [6]].
 
@@ -219,12 +229,14 @@ def random_control(chosen: list[list[int]], num_experts: int, seed: int) -> list
     raise NotImplementedError
 
 
-# The end of what you write. Below stands what checks it, which nobody needs to read. --------------
+# The end of what you write -----------------------------------------------------------------------
+# Below stands what checks it, which nobody needs to read.
 
 import contextlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import textwrap  # noqa: E402
+import time  # noqa: E402
 import traceback  # noqa: E402
 from functools import cache, partial  # noqa: E402
 from importlib.machinery import SourceFileLoader  # noqa: E402
@@ -240,6 +252,7 @@ from data import dataset, run, skills  # noqa: E402
 DEEPSEEK = Path(__file__).with_name("deepseek_routing.json")
 STEPS, ROWS = 40, 32  # of a fine-tuning; rows a step
 SEED = 0  # of its rows and of the adapters' first weights
+PATIENCE = 2, 0.05  # seconds: who computes longer, both in all and for a mean call, is stopped
 
 
 class NotYet(Exception):
@@ -248,17 +261,15 @@ class NotYet(Exception):
 
 def compare(what: str, came, expected, *mistakes: tuple):
     """NotYet unless `came` is `expected`. mistakes: (a wrong answer, what it tells)."""
-    if came is None:
-        raise NotYet(f"{what}: None came; is there a `return` in every case?")
     if not torch.is_tensor(came):
         raise NotYet(f"{what}: expected a tensor, came {run.shown(came)}, a {type(came).__name__}")
     expected = torch.tensor(expected)
-    if came.shape != expected.shape:
-        shapes = f"expected {tuple(expected.shape)}, came {tuple(came.shape)}"
-        raise NotYet(f"{what} has another shape: {shapes}")
     if close(came, expected):
         return
     text = f"{what}: expected {numbers(expected)}, came {numbers(came)}"
+    if came.shape != expected.shape:
+        shapes = f"expected {tuple(expected.shape)}, came {tuple(came.shape)}"
+        text = f"{what} has another shape: {shapes}"
     for wrong, misconception in mistakes:
         if close(came, torch.tensor(wrong)):
             text += f". {misconception}"
@@ -274,6 +285,21 @@ def numbers(t: Tensor) -> str:
     if t.is_floating_point():
         t = t.detach().double().round(decimals=4)
     return run.shown(t.tolist())
+
+
+# With the router weight eye(2) the token 0 is a little nearer to 1, the token 1 to 0.
+NEAR = torch.tensor([[0, 2**-9], [2**-9, 0]]).bfloat16()
+SAME = (
+    "In bfloat16 two that are close have the same probability, and the wrong one may win: softmax "
+    "in float32, whatever the dtype of x"
+)
+BACK = "Only the softmax is in float32: bring what is kept back to the dtype of x"
+
+
+def need_bfloat16(what: str, came: Tensor):
+    if came.dtype != torch.bfloat16:
+        text = f"{what} another dtype: expected bfloat16 as x has, came {came.dtype}"
+        raise NotYet(text.replace("torch.", "") + f". {BACK}")
 
 
 def at_least(bound: float, what: str, accuracy: float):
@@ -375,17 +401,14 @@ def paper_route(route):
             "Your softmax runs over the tokens (dim 0), not over the experts (dim -1)",
         ),
         ([[-0.9163, -1.204], [-0.5108, -1.6094]], "These are logits: the softmax is missing"),
+        ([[0.2857, 0.2308], [0.375, 0.1667]], "These are sigmoids: the router takes a softmax"),
         ([[0.1, 0.2], [0.1, 0.1]], "These are the smallest"),
+        ([[0.3, 0.4], [0.2, 0.6]], "The largest comes first: sort in descending order"),
     )
     compare("ids", ids, [[3, 2], [0, 2]])
-    near = torch.tensor([[0, 2**-9], [2**-9, 0]]).bfloat16()
-    weights, ids = two(route(near, torch.eye(2).bfloat16(), 1))
-    if weights.dtype != torch.bfloat16:
-        came = f"expected bfloat16 as x has, came {weights.dtype}".replace("torch.", "")
-        raise NotYet(f"weights have another dtype: {came}")
-    same = "In bfloat16 two close experts have the same probability, and the wrong one may win: "
-    same += "softmax in float32, whatever the dtype of x"
-    compare("ids of x in bfloat16", ids, [[1], [0]], ([[0], [0]], same), ([[1], [1]], same))
+    weights, ids = two(route(NEAR, torch.eye(2).bfloat16(), 1))
+    need_bfloat16("weights have", weights)
+    compare("ids of x in bfloat16", ids, [[1], [0]], ([[0], [0]], SAME), ([[1], [1]], SAME))
 
 
 def two(came) -> tuple[Tensor, Tensor]:
@@ -422,7 +445,7 @@ def model_route(route):
 
 
 def paper_dispatch(dispatch):
-    x = torch.tensor([[1.0, 0], [0, 1], [1, 1]])
+    x = torch.eye(3)  # so that row n of y has all of its sum in column n
     ids = torch.tensor([[2, 0], [0, 1], [1, 2]])
     weights = torch.tensor([[0.5, 0.25], [0.5, 0.1], [0.2, 0.4]])
     calls = {0: [], 1: [], 2: [], 3: []}
@@ -432,31 +455,47 @@ def paper_dispatch(dispatch):
         return rows * 10 ** int(e)
 
     y = dispatch(x, weights, ids, 4, expert)
-    own_rows = [[[0.0, 1], [1, 0]], [[0.0, 1], [1, 1]], [[1.0, 0], [1, 1]]]
-    for e, own in enumerate(own_rows):  # expert 3 has none, and may be called or not
+    if not torch.equal(x, torch.eye(3)):
+        raise NotYet("You wrote into x (y = x is no copy): begin with y = torch.zeros_like(x)")
+    if calls[3]:
+        raise NotYet("expert 3 has no rows and was called: call only those that have rows")
+    for e, tokens in enumerate([[1, 0], [2, 1], [2, 0]]):
         if len(calls[e]) != 1:
             raise NotYet(
                 f"expert {e}: expected 1 call with all its rows, came {len(calls[e])} calls"
             )
         rows = torch.stack(sorted(calls[e][0], key=Tensor.tolist))
         compare(
-            f"the rows of expert {e} (pair i of the flattened ids is of token i // K)", rows, own
+            f"the rows of expert {e} (pair i of the flattened ids is of token i // K)",
+            rows,
+            x[tokens].tolist(),
         )
+    not_brought_back = "Row i belongs to pair order[i], not to pair i"
     compare(
         "y",
         y,
-        [[50.25, 0], [0, 1.5], [42, 42]],
-        ([[101.0, 0], [0, 11], [110, 110]], "The weights are missing"),
+        diagonal(50.25, 1.5, 42),
+        (diagonal(101, 11, 110), "The weights are missing"),
         (
-            [[50.0, 0], [0, 1], [40, 40]],
+            diagonal(50, 1, 40),
             "A token has K rows, and you kept its last: y[token] = ... and y[token] += ... write "
             "once, index_add adds",
         ),
         (
-            [[20.5, 0], [0, 5.25], [41, 41]],
+            diagonal(20.5, 5.25, 41),
             "The rows are sorted and their weights are not: sort these along",
         ),
+        (
+            diagonal(50.5, 5.5, 22),
+            "Each slot has its own weight, weights[n, k]; you took weights[n, 0] for all",
+        ),
+        ([[0.25, 0.5, 0], [0, 1, 2], [50, 0, 40]], not_brought_back),
+        ([[0.5, 0.25, 0], [0, 5, 1], [20, 0, 40]], not_brought_back),
     )
+
+
+def diagonal(*values: float) -> list[list[float]]:
+    return torch.diag(torch.tensor(values)).tolist()
 
 
 def model_dispatch(dispatch):
@@ -492,22 +531,32 @@ def model_dispatch(dispatch):
 
 def paper_s_and_d(perft_s_and_d):
     x = torch.tensor([[1.0, 2], [3, -1]])
-    A = torch.tensor([[[1.0, 1]], [[0, 1]]])
-    B = torch.tensor([[[1.0], [0]], [[2], [1]]])
+    A = torch.tensor([[[1.0, 1]], [[1, 0]]])
+    B = torch.tensor([[[1.0], [0]], [[2], [1]]])  # A_1 B_0 is not 0: a series is not the sum
     compare(
         "M = 2",
         perft_s_and_d(x, A, B, 3.0),
-        [[21.0, 6], [0, -3]],
-        ([[7.0, 2], [0, -1]], "The scale is missing"),
+        [[15.0, 3], [24, 9]],
+        ([[5.0, 1], [8, 3]], "The scale is missing"),
         (
-            [[10.5, 3], [0, -1.5]],
+            [[7.5, 1.5], [12, 4.5]],
             "You took the mean of the adapters; PERFT-D adds them, each with weight 1",
         ),
         (
-            [[22.0, 8], [3, -4]],
+            [[16.0, 5], [27, 8]],
             "You added x: the residual is the model's, an adapter returns its Delta alone",
         ),
+        (
+            [[69.0, 30], [60, 27]],
+            "Each adapter reads the same x, not what the one before returned",
+        ),
+        (
+            [[36.0, 12], [45, 15]],
+            "You summed A and B over j by themselves: B_j belongs to A_j alone, so sum the Delta_j",
+        ),
         ([[9.0, 0], [6, 0]], "That is the first adapter alone"),
+        ([[[9.0, 0], [6, 3]], [[6, 0], [18, 9]]], "The sum over j is missing"),
+        ([[[9.0, 0], [6, 0]], [[6, 3], [18, 9]]], "The sum over j is missing"),
     )
     compare("M = 1, which is PERFT-S", perft_s_and_d(x, A[:1], B[:1], 3.0), [[9.0, 0], [6, 0]])
 
@@ -535,30 +584,49 @@ def example_r():
     A = torch.ones(3, 1, 2, requires_grad=True)
     B = torch.tensor([[[1.0], [0]], [[0], [1]], [[10], [0]]], requires_grad=True)
     x = torch.tensor([[1.0, 0], [0, 1], [1, 0]])
-    return x, A, B, 2.0, router_weight, 2
+    return x, A, B, 3.0, router_weight, 2
 
 
 def paper_r(perft_r, which_gradient_is_zero):
     given = example_r()
     y = perft_r(*given)
+    first_ids = "Each token has its own ids: ids[:, k], not those of the first, ids[0, k]"
     compare(
         "the sum",
         y,
-        [[12, 0.6], [1, 0.8], [12, 0.6]],
+        [[18, 0.9], [1.5, 1.2], [18, 0.9]],
         (
-            [[40 / 3, 2 / 3], [10 / 9, 8 / 9], [40 / 3, 2 / 3]],
+            [[20, 1], [5 / 3, 4 / 3], [20, 1]],
             "The weights sum to 1: you renormalised. PERFT-R does as its base does, and OLMoE "
             "does not",
         ),
-        ([[20.0, 2], [2, 2], [20, 2]], "The weights are missing"),
-        ([[12.2, 0.6], [3, 0.8], [12.2, 0.6]], "All M adapters answer: only the K largest should"),
+        ([[30.0, 3], [3, 3], [30, 3]], "The weights are missing"),
+        (
+            [[15, 1.5], [1.5, 1.5], [15, 1.5]],
+            "Each of the K counts 1 / K with you: it is G_j that weighs them",
+        ),
+        ([[9, 0.45], [0.75, 0.6], [9, 0.45]], "You took the mean of the K: it is a sum"),
+        (
+            [[18.3, 0.9], [4.5, 1.2], [18.3, 0.9]],
+            "All M adapters answer: only the K largest should",
+        ),
         ([[6, 0.3], [0.5, 0.4], [6, 0.3]], "The scale is missing"),
         (
-            [[1.2, 0.6], [1, 0.8], [1.2, 0.6]],
+            [[1.8, 0.9], [1.5, 1.2], [1.8, 0.9]],
             "The adapter of slot k is number ids[:, k], not number k",
         ),
         (
-            [[13, 0.6], [1, 1.8], [13, 0.6]],
+            [[3, 0.9], [1.5, 1.2], [3, 0.9]],
+            "The gate of slot k is G[n, ids[n, k]] (topk returns it), not G[:, k]",
+        ),
+        ([[18, 0.9], [15, 1.2], [18, 0.9]], first_ids),
+        ([[18, 0.9], [3, 1.2], [18, 0.9]], first_ids),
+        (
+            [[180 / 13, 0.9], [15 / 7, 1.2], [180 / 13, 0.9]],
+            "Your softmax runs over the tokens (dim 0), not over the adapters (dim -1)",
+        ),
+        (
+            [[19, 0.9], [1.5, 2.2], [19, 0.9]],
             "You added x: the residual is the model's, return what the adapters add",
         ),
     )
@@ -570,6 +638,7 @@ def paper_r(perft_r, which_gradient_is_zero):
             "router_weight gets no gradient from y, so the adapters' router would never learn. Its "
             "own probabilities must weigh the adapters (not detached, not rounded)"
         )
+    paper_r_in_bfloat16(perft_r)
     answer = which_gradient_is_zero()
     given = example_r()
     released_perft_r(*given, base_weights=torch.rand(3, 2)).sum().backward()
@@ -583,6 +652,32 @@ def paper_r(perft_r, which_gradient_is_zero):
             f"which_gradient_is_zero: {answer} has a gradient, of norm {norm:.1f}. Which of the "
             "three stands in y as a factor, and which only says where to look?"
         )
+
+
+def paper_r_in_bfloat16(perft_r):
+    A = torch.full((2, 1, 2), 2.0**9).bfloat16()  # x A_j^T is 1 for both tokens
+    B = torch.eye(2).view(2, 2, 1).bfloat16()  # Delta_0 is [1, 0], Delta_1 is [0, 1]
+    y = perft_r(NEAR, A, B, 1.0, torch.eye(2).bfloat16(), 1)
+    need_bfloat16("the sum has", y)
+    compare(
+        "the sum for x in bfloat16",
+        y,
+        [[0, 0.5], [0.5, 0]],
+        ([[0.5, 0], [0.5, 0]], SAME),
+        ([[0, 0.5], [0, 0.5]], SAME),
+    )
+
+
+def released_perft_r(x, A, B, scale, router_weight, top_k, base_weights):
+    """What which_gradient_is_zero asks about."""
+    G = F.softmax(x @ router_weight.T, dim=-1)
+    _, ids = G.topk(top_k)
+    y = torch.zeros_like(x)
+    for k in range(top_k):
+        hidden = torch.einsum("nd,nrd->nr", x, A[ids[:, k]])
+        delta = torch.einsum("nr,ndr->nd", hidden, B[ids[:, k]]) * scale
+        y = y + base_weights[:, k, None] * delta
+    return y
 
 
 def has_gradient(p: Tensor) -> bool:
@@ -606,7 +701,10 @@ def model_r(perft_r, which_gradient_is_zero):
     at_least(0.85, "kinship_new", learnt)
     keeps = kept(model, tokenizer, "kinship_new")
     far = sum(moved).item() / len(moved)
-    return f"learns {learnt:.0%} and keeps {keeps:.0%}; its router moved by {far:.0%} of its length"
+    return (
+        f"learns {learnt:.0%} and keeps {keeps:.0%}; its router moved by {far:.0%} (its change, "
+        "relative to its first weights)"
+    )
 
 
 # 5 PERFT-E
@@ -619,21 +717,31 @@ def paper_e(perft_e):
     compare(
         "the sum",
         perft_e(x, A, B, scale, weights, ids),
-        [[10.5, 0], [2, 0.8], [10.5, 0]],
-        ([[22.0, 0], [20, 2], [22, 0]], "The router's weights are missing"),
+        [[15.75, 0], [3, 1.2], [15.75, 0]],
+        ([[33.0, 0], [30, 3], [33, 0]], "The router's weights are missing"),
         (
-            [[14.0, 0], [4, 1.6], [14, 0]],
+            [[21.0, 0], [6, 2.4], [21, 0]],
             "You renormalised: the router's weights count as they are",
         ),
         (
-            [[1, 0.5], [0.8, 0.2], [1, 0.5]],
+            [[1.5, 0.75], [1.2, 0.3], [1.5, 0.75]],
             "The adapter of slot k is number ids[:, k], not number k",
         ),
         (
-            [[22.0, 2], [22, 2], [22, 2]],
+            [[33.0, 3], [33, 3], [33, 3]],
             "All adapters answer: only those of the chosen experts should",
         ),
         ([[5.25, 0], [1, 0.4], [5.25, 0]], "The scale is missing"),
+        ([[7.875, 0], [1.5, 0.6], [7.875, 0]], "You took the mean of the K: it is a sum"),
+        ([[15.0, 0], [0, 1.2], [15, 0]], "That is the first slot alone: sum over all K"),
+        (
+            [[16.5, 0], [12, 1.2], [16.5, 0]],
+            "The weight of slot k is weights[:, k]; you took weights[:, 0] for all",
+        ),
+        (
+            [[9.0, 0], [3, 1.2], [9, 0]],
+            "You sorted the ids: weights[n, k] belongs to ids[n, k] as it stands",
+        ),
     )
 
 
@@ -657,19 +765,34 @@ def paper_choose(choose_experts):
     counts = torch.tensor([[10, 40, 20, 30], [25, 25, 10, 40]])
     compare_lists(
         "chosen",
-        choose_experts(counts, 50, 2, 0.75),
-        [[1, 3, 2], [3, 0, 1]],
-        ([[1, 3], [3, 0]], "The expert with which the sum reaches p belongs to them, too"),
-        ([[1, 3, 2, 0], [3, 0, 1, 2]], "One too many: stop when the sum reaches p"),
-        ([[1, 2, 3], [0, 1, 3]], "These are sorted by id; the best comes first"),
-        ([[1, 3, 2], [3, 1, 0]], "Of equal scores the lower id comes first: sort with stable=True"),
+        choose_experts(counts, 50, 2, 0.68),
+        [[1, 3], [3, 0, 1]],
+        ([[1], [3, 0]], "The expert with which the sum reaches p belongs to them, too"),
+        ([[1, 3, 2], [3, 0, 1, 2]], "One too many: stop when the sum reaches p"),
+        ([[1, 3], [3, 0]], "You took top_k: p decides how many"),
+        ([[], []], "p bounds the sum of the scores, not each score"),
+        ([[1, 3], [0, 1, 3]], "These are sorted by id; the best comes first"),
+        ([[1, 3], [3, 1, 0]], "Of equal scores the lower id comes first: sort with stable=True"),
         ([[0, 2, 3, 1], [2, 0, 1, 3]], "The least used come first: sort in descending order"),
         ([[1], [3]], "A token makes K choices: divide by K * n_tokens"),
         (
-            [[2, 1], [0, 3]],
+            [[2, 1], [0]],
             "You normalised over the layers instead of the experts. So did a script that was "
             "released with the paper, for some months",
         ),
+    )
+    compare_lists(
+        "chosen for p 0.5 of the scores 0.5, 0.25, 0.25, 0",
+        choose_experts(torch.tensor([[50, 25, 25, 0]]), 50, 2, 0.5),
+        [[0]],
+        ([[0, 1]], "The sum had already reached p: stop at >="),
+    )
+    # torch keeps the order of equal scores by chance in a list of four, not in one of 64
+    compare_lists(
+        "chosen of 64 experts, those of even id used three times as often (of equal scores the "
+        "lower id comes first: sort with stable=True)",
+        choose_experts(torch.tensor([[3, 1] * 32]), 64, 2, 0.2),
+        [list(range(0, 18, 2))],
     )
     equal = "Two experts of this layer have nearly the same count, hence the same score with 4 "
     equal += "decimals: round before you sort"
@@ -688,7 +811,8 @@ def compare_lists(what: str, came, expected: list, *mistakes: tuple):
     try:
         came = [[int(e) for e in layer] for layer in came]
     except (TypeError, ValueError):
-        raise NotYet(f"{what}: expected {expected}, came {run.shown(str(came))}") from None
+        text = f"{what}: expected {expected}, a list of ids for each layer"
+        raise NotYet(f"{text}, came {run.shown(str(came))}") from None
     if came == expected:
         return
     text = f"{what}: expected {expected}, came {run.shown(came)}"
@@ -741,6 +865,25 @@ def model_choose(choose_experts):
 
 
 def paper_balance(balance_loss):
+    shares = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.2, 0.1, 0.6, 0.1]])  # P [.35, .2, .35, .1]
+    ids = torch.tensor([[0, 1], [2, 0]])  # f [.5, .25, .25, 0]
+    all_tokens = "P_e is the mean over all N tokens, also those that did not choose e"
+    compare(
+        "one layer, f = [0.5, 0.25, 0.25, 0], P = [0.35, 0.2, 0.35, 0.1]",
+        balance_loss([shares.log().requires_grad_()], [ids]),
+        1.25,
+        (1.4, "You counted only each token's first choice: all N * K count"),
+        (1.15, all_tokens),
+        (1.6, all_tokens),
+        (2.5, "f_e is a share of the N * K choices; you divided by N, as transformers does"),
+        (0.3125, "The factor E is missing, or you took a mean over e instead of a sum"),
+        (1.5, "You multiplied f by itself: P comes from the logits"),
+        (1.18, "You multiplied P by itself: f comes from the ids"),
+        (2.0, "Your softmax runs over the tokens (dim 0), not over the experts (dim -1)"),
+        (-5.4626, "These are raw logits, or a log_softmax: P_e is the mean of their softmax"),
+        (1.2591, "You took the softmax of the mean logits: P_e is the mean of the softmax"),
+        (0.625, "The factor is E, the number of experts; you took K"),
+    )
     shares = torch.full((4, 2, 8), 0.05)  # (L, N, E): layer l has collapsed on experts 2l, 2l + 1
     ids = torch.arange(8).view(4, 1, 2).expand(4, 2, 2)
     for layer in range(4):
@@ -756,14 +899,7 @@ def paper_balance(balance_loss):
             "You pooled the layers: collapsed on other experts each, together they look perfectly "
             "balanced. transformers' loss has this blind spot; let each layer answer for itself",
         ),
-        (
-            2.0,
-            "You pooled the layers, and divided by N: this is transformers' loss, to which layers "
-            "that collapsed on other experts each look balanced. Let each answer for itself",
-        ),
-        (5.6, "f_e is a share of the N * K choices; you divided by N, as transformers does"),
         (11.2, "You added the layers up: return their mean"),
-        (0.35, "The factor E is missing"),
     )
     if came.requires_grad:
         came.backward()
@@ -799,11 +935,15 @@ def paper_control(predict, random_control):
     guess = predict()
     if type(guess) not in (int, float) or not 0 <= guess <= 100:
         raise NotYet(f"predict: expected a number from 0 to 100, came {run.shown(guess)}")
+    if 0 < guess < 1:
+        raise NotYet(f"predict: {guess:g} is below 1. In %: did you mean {100 * guess:g}?")
     chosen = [[3, 1], [0], [2, 5, 7]]
     seen = [set(), set(), set()]
     for seed in range(200):
         drawn = random_control(chosen, 8, seed)
         compare_lists(f"drawn again with seed {seed}", random_control(chosen, 8, seed), drawn)
+        if not all(isinstance(e, int) for layer in drawn for e in layer):
+            raise NotYet(f"expected ints, not tensors, came {run.shown(str(drawn))}")
         sizes = [len(set(layer)) for layer in drawn]
         if [len(layer) for layer in drawn] != [2, 1, 3] or sizes != [2, 1, 3]:
             raise NotYet(f"expected 2, 1 and 3 different experts as in {chosen}, came {drawn}")
@@ -815,6 +955,9 @@ def paper_control(predict, random_control):
                 f"in 200 draws layer {layer} had only the experts {sorted(ids)}: expected each of "
                 "0..7 at some time, also those that were chosen"
             )
+    alike = [random_control([[0, 1]] * 3, 8, seed) for seed in range(20)]
+    if all(layer == drawn[0] for drawn in alike for layer in drawn):
+        raise NotYet("Every layer drew the same experts: seed once, not in each layer")
 
 
 def model_control(predict, random_control):
@@ -835,16 +978,38 @@ class Exercise(NamedTuple):
     functions: tuple[str, ...]  # to write
     on_paper: Callable
     in_model: Callable  # -> what to say when it is done
+    hints: dict[str, str] = {}  # words of an exception -> what it mostly means here
 
 
 EXERCISES = [
     Exercise("router", ("route",), paper_route, model_route),
-    Exercise("dispatch", ("dispatch",), paper_dispatch, model_dispatch),
+    Exercise(
+        "dispatch",
+        ("dispatch",),
+        paper_dispatch,
+        model_dispatch,
+        {
+            "IndexError": "If you sorted the pairs: order holds pairs, token = order // K",
+            "must match": "If it is the weights: one weight a row, w[:, None]",
+        },
+    ),
     Exercise("PERFT-S and D", ("perft_s_and_d",), paper_s_and_d, model_s_and_d),
-    Exercise("PERFT-R", ("perft_r", "which_gradient_is_zero"), paper_r, model_r),
+    Exercise(
+        "PERFT-R",
+        ("perft_r", "which_gradient_is_zero"),
+        paper_r,
+        model_r,
+        {"dtype": BACK, "scalar type": BACK},
+    ),
     Exercise("PERFT-E", ("perft_e",), paper_e, model_e),
     Exercise("ESFT", ("choose_experts",), paper_choose, model_choose),
-    Exercise("balance loss", ("balance_loss",), paper_balance, model_balance),
+    Exercise(
+        "balance loss",
+        ("balance_loss",),
+        paper_balance,
+        model_balance,
+        {"size": "An expert that nobody chose has f_e = 0: bincount needs minlength"},
+    ),
     Exercise("hot or random", ("predict", "random_control"), paper_control, model_control),
 ]
 
@@ -860,23 +1025,57 @@ def examine(number: int, answers: dict[str, Callable]) -> Result:
     """Check one exercise. answers: what stands in place of this file's functions."""
     exercise = EXERCISES[number - 1]
     functions = [answers.get(name, globals().get(name)) for name in exercise.functions]
+    watched = [Watched(*named) for named in zip(exercise.functions, functions)]
     done, on_paper = False, False
     try:
-        exercise.on_paper(*functions)
+        exercise.on_paper(*watched)
         on_paper = True
-        message = exercise.in_model(*functions)
+        # the result is printed over this line
+        print(
+            head_of(number, exercise.name),
+            "in the model ...",
+            end="\r",
+            file=sys.stderr,
+            flush=True,
+        )
+        message = exercise.in_model(*watched)
         done = True
     except NotYet as reason:
         message = str(reason)
     except (Exception, SystemExit) as error:  # whatever a function of a student raises
-        message = describe(error, functions)
+        message = describe(error, functions, exercise.hints)
     if on_paper and not done:
         message = f"right on paper, but in the model: {message}"
     return Result(number, exercise.name, done, message)
 
 
-def describe(error: BaseException, functions: list[Callable]) -> str:
-    """An exception in a line: in which function, on which line, what."""
+class Watched:
+    """A function of a student: it has to return something, and not to take for ever."""
+
+    def __init__(self, name: str, function: Callable):
+        self.name = name
+        self.function = function
+        self.seconds = 0.0
+        self.calls = 0
+
+    def __call__(self, *arguments):
+        start = time.thread_time()  # of this thread alone, however busy the machine is
+        came = self.function(*arguments)
+        self.seconds += time.thread_time() - start
+        self.calls += 1
+        if came is None:
+            raise NotYet(f"{self.name}: None came; did you forget `return`?")
+        in_all, a_call = PATIENCE
+        if self.seconds > max(in_all, a_call * self.calls):
+            raise NotYet(
+                f"{self.name} takes {self.seconds / self.calls:.2f} s a call, many times as long "
+                "as others: loop over K, not over N"
+            )
+        return came
+
+
+def describe(error: BaseException, functions: list[Callable], hints: dict[str, str]) -> str:
+    """An exception in a line: in which function, on which line, what, and what it may mean."""
     place = "what was returned could not be used"
     codes = [getattr(function, "__code__", None) for function in functions]
     for frame, line in traceback.walk_tb(error.__traceback__):
@@ -884,13 +1083,21 @@ def describe(error: BaseException, functions: list[Callable]) -> str:
             place = f"{frame.f_code.co_name}, line {line}"
     if type(error) is NotImplementedError:
         return f"{place}: not written yet"
-    return f"{place}: {type(error).__name__}: {run.one_line(error)[:300]}"
+    text = f"{place}: {type(error).__name__}: {run.one_line(error)[:300]}"
+    for words, hint in hints.items():
+        if words in text:
+            return f"{text}. {hint}"
+    return text
+
+
+def head_of(number: int, name: str) -> str:
+    return f"{number} {name:14}"
 
 
 def line_of(result: Result) -> str:
     """Wrapped, so that all of a message is seen in a terminal."""
     state = "done" if result.done else "not yet"
-    head = f"{result.exercise} {result.name:14} {state:9}"
+    head = f"{head_of(result.exercise, result.name)} {state:9}"
     return textwrap.fill(
         head + result.message, 100, subsequent_indent=" " * len(head), break_on_hyphens=False
     )
@@ -919,14 +1126,22 @@ def answers_given() -> dict[str, Callable]:
 @run.command
 def main(argv=None):
     parser = run.Parser(description="Check the exercises that are written in this file.")
-    parser.add_argument("--only", type=int, choices=range(1, 9), metavar="N", help="one exercise")
+    numbers = range(1, len(EXERCISES) + 1)
+    parser.add_argument(
+        "--only",
+        type=int,
+        nargs="+",
+        choices=numbers,
+        default=numbers,
+        metavar="N",
+        help="one exercise, or several",
+    )
     parser.add_argument("--json", action="store_true", help="for a program that grades")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # quicker for a model of this size
-    asked = [args.only] if args.only else range(1, len(EXERCISES) + 1)
     answers = answers_given()
     results = []
-    for number in asked:
+    for number in args.only:
         # what a student prints should not stand in the JSON
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
             results.append(examine(number, answers))
