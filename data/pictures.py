@@ -1,4 +1,4 @@
-"""Pictures of runs as SVG, which is text: curves, points, heat maps, the experts of a prompt.
+"""Pictures of runs as SVG, which is text: curves, heat maps, the experts of a prompt.
 
 Coordinates are pixels, x to the right and y downwards. A panel is its shapes and its height;
 `picture` puts panels under each other. Colours stand in a style at the head, by class, so that a
@@ -6,34 +6,38 @@ page in dark mode gets its own. There is no legend: a name stands beside what it
 colour, and a pointer that rests on a shape is told its numbers.
 
     python data/pictures.py RUN    RUN/run.svg: loss, accuracy, and how the experts are used
+
+tests/results.py draws the pictures of results with what stands here.
 """
 
 import sys
 from collections import defaultdict
 from html import escape
-from math import ceil, log10
+from math import ceil
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, this folder is on it
 
 from data import run  # noqa: E402
 
-WIDTH, HEIGHT = 640, 250  # of every picture (a page may scale it), and of a plot
-LEFT = 60  # where maps begin
+WIDTH = 640  # of every picture; a page may scale it
 CELL = 14  # the side of a cell
+LETTER = 7  # the width of a letter, rather more than less
 STYLE = """<style>
 svg { color: #444 } text { font: 12px sans-serif; fill: currentColor }
 path { fill: none; stroke: currentColor; stroke-width: 2 } .thin { stroke-width: 0.5 }
-circle, rect { fill: currentColor } .cell, .chosen { color: #0072b2 }
-.chosen { stroke: #e07b00; stroke-width: 1.5 }
+.level { stroke-width: 0.5; stroke-opacity: 0.4 }
+text[class] { paint-order: stroke; stroke: #fff; stroke-width: 3; stroke-opacity: 0.7 }
+circle, rect { fill: currentColor } .ring { fill: none; stroke: currentColor; stroke-width: 2 }
+.cell, .chosen { color: #0072b2 } .chosen { stroke: #e07b00; stroke-width: 1.5 }
 .c0 { color: #0072b2 } .c1 { color: #c25400 } .c2 { color: #00805f } .c3 { color: #a3427f }
 .c4 { color: #7a6a00 } .c5 { color: #5b4fc0 } .c6 { color: #666 }
-.c7 { color: #a14a2a } .c8 { color: #2b7a99 }
+.c7 { color: #a14a2a } .c8 { color: #2b7a99 } .c9 { color: #c2185b } .c10 { color: #4d7a00 }
 @media (prefers-color-scheme: dark) {
-svg { color: #ccc } .cell, .chosen { color: #56b4e9 }
+svg { color: #ccc } text[class] { stroke: #111 } .cell, .chosen { color: #56b4e9 }
 .c0 { color: #56b4e9 } .c1 { color: #f0915a } .c2 { color: #2fc39b } .c3 { color: #e08fc4 }
 .c4 { color: #d8c64a } .c5 { color: #a9a0f5 } .c6 { color: #aaa }
-.c7 { color: #d99a7f } .c8 { color: #8cc8de }
+.c7 { color: #d99a7f } .c8 { color: #8cc8de } .c9 { color: #ff80ab } .c10 { color: #a5d64f }
 }
 </style>"""
 PAGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" viewBox="0 0 {0} {1}">
@@ -41,31 +45,31 @@ PAGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" viewB
 {3}
 </svg>
 """
-PANEL = '<g transform="translate(0 {})">\n{}\n</g>'
+PANEL = '<g transform="translate(0 {})">'
 TEXT = '<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>'
-# of a plot, from (60, 200) to the right and upwards: its title, axes and highest value
+# of a plot, from (60, bottom) to the right and upwards
 FRAME = """<text x="60" y="20" text-anchor="start">{}</text>
 <text x="60" y="38" text-anchor="start">{}</text>
-<text x="54" y="54" text-anchor="end">{:.3g}</text>
-<text x="54" y="204" text-anchor="end">0</text>
-<text x="420" y="236" text-anchor="end">{}</text>
-<path class="thin" d="M 60,200 H 420"/>"""
+<text x="{}" y="{}" text-anchor="end">{}</text>"""
+LEVEL = """<text x="54" y="{1:.1f}" text-anchor="end">{0:.3g}</text>
+<path class="level" d="M 60,{2:.1f} H {3}"/>"""
 LINE = '<path class="{}" d="M {}"/>'
-DOT = '<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="3"><title>{}: {:.7g}, {:.7g}</title></circle>'
-# a name behind the plot, tied to its place
-NAME = """<path class="thin {0}" d="M {1:.1f},{2:.1f} L 427,{3:.1f}"/>
-<text class="{0}" x="430" y="{4:.1f}" text-anchor="start">{5}</text>"""
+DOT = """<circle class="{} {}" cx="{:.1f}" cy="{:.1f}" r="{}">
+<title>{}: {:.7g}, {:.7g}</title></circle>"""
+# a name, tied to its place
+NAME = """<path class="thin {0}" d="M {1:.1f},{2:.1f} L {3:.1f},{4:.1f}"/>
+<text class="{0}" x="{3:.1f}" y="{5:.1f}" text-anchor="start">{6}</text>"""
 RECT = """<rect class="{kind}" x="{x}" y="{y}" width="{inner}" height="13" style="LOOK">
-<title>layer {layer}, column {column}: {value:.4g}</title></rect>"""
+<title>{name}, column {column}: {value:.4g}</title></rect>"""
 SCORE = RECT.replace("LOOK", "fill-opacity: {shade:.3f}")
 EXPERT = RECT.replace("LOOK", "fill: hsl({shade:.1f}, 80%, 50%); fill-opacity: 0.35")
-EXPERT += '<text x="{middle}" y="{base}" text-anchor="middle">{value}</text>'
+EXPERT += '<text x="{x}" y="{y}" dx="24" dy="11" text-anchor="middle">{value}</text>'
 
 
 def picture(panels) -> str:
     body, top = [], 0
     for shapes, height in panels:
-        body.append(PANEL.format(top, "\n".join(shapes)))
+        body += [PANEL.format(top), *shapes, "</g>"]
         top += height
     return PAGE.format(WIDTH, top, STYLE, "\n".join(body))
 
@@ -79,54 +83,64 @@ def text(x, y, words, anchor="start"):
     return TEXT.format(x, y, anchor, shown(words))
 
 
-# Curves and points -------------------------------------------------------------------------------
+# Curves ------------------------------------------------------------------------------------------
 
 
-def curves(series: dict, x_label: str, y_label: str, title="", log_x=False) -> str:
-    """Lines, of each its name at its end. series: {name: points}, and a point is (x, y), or
-    (x, y, label): the label stands beside the name, and no value. Of several seeds draw each, a bar
-    would hide how few they are."""
-    return picture([plot(series, x_label, y_label, title, log_x)])
+def plot(groups, x_label, y_label, title="", unit=float, x_ticks=(), top=0, height=250):
+    """A panel of groups (name, points (x, y), look): a "line" with a dot at each point, a "bar",
+    without, or "ring"s. A name stands beside the last point of the last group that has it, and has
+    the colour of its first word. x has the range of x_ticks (of the points), y begins at 0.
+    unit: log10 for a logarithmic x."""
+    points = [point for _, group, _ in groups for point in group]
+    xs = x_ticks or sorted({x for x, _ in points})
+    top = max(top, *(y for _, y in points)) or 1
+    bottom, right = height - 50, WIDTH - 20 - LETTER * max(len(name) for name, *_ in groups)
+    x_at = scale(xs[0], xs[-1], 60, right, unit)
+    y_at = scale(0, top, bottom, 60)
+    shapes = [FRAME.format(title, y_label, right, height - 14, x_label)]
+    for level in (0, 0.25, 0.5, 0.75, 1):
+        y = y_at(level * top)
+        shapes.append(LEVEL.format(level * top, y + 4, y, right))
+    shapes += ticks(xs, x_at, bottom + 18)
 
-
-def scatter(points: dict, x_label: str, y_label: str, title="", log_x=False) -> str:
-    return picture([plot(points, x_label, y_label, title, log_x, lines=False)])
-
-
-def plot(series, x_label, y_label, title, log_x=False, lines=True):
-    points = sum(series.values(), [])
-    xs = sorted({x for x, *_ in points})
-    top = max(y for _, y, *_ in points) or 1
-    x_at = scale(xs[0], xs[-1], 60, 420, log10 if log_x else float)
-    y_at = scale(0, top, 200, 50)
-    shapes = [FRAME.format(shown(title), shown(y_label), top, shown(x_label))]
-    free = 0
-    for x in xs:  # those that have room
-        if x_at(x) >= free:
-            shapes.append(text(x_at(x), 218, f"{x:,.7g}", "middle"))
-            free = x_at(x) + 60
-
-    names = []
-    for i, (name, group) in enumerate(series.items()):
-        colour = f"c{i % 9}"
-        places = [(x_at(x), y_at(y)) for x, y, *_ in group]
-        if lines:
+    colours, names, dots = {}, {}, []
+    for name, group, look in groups:
+        word = name.split()[0]
+        colour = colours.setdefault(word, f"c{len(colours) % 11}")
+        places = [(x_at(x), y_at(y)) for x, y in group]
+        if look != "ring":
             path = " ".join("{:.1f},{:.1f}".format(*place) for place in places)
             shapes.append(LINE.format(colour, path))
-        for (x, y, *label), place in zip(group, places):
-            shapes.append(DOT.format(colour, *place, shown(name), x, y))
-            if label or place is places[-1]:
-                words = label[0] if label else f"{y:.3g}"
-                names.append((colour, *place, shown(f"{name} {words}")))
-    return shapes + names_beside(names), HEIGHT
+        if look != "bar":
+            size = 5 if look == "ring" else 3
+            for point, place in zip(group, places):
+                shapes.append(DOT.format(colour, look, *place, size, shown(word), *point))
+            dots += places
+        names[name] = colour, *places[-1], shown(name)
+    return shapes + names_beside(names.values(), dots), height
 
 
-def names_beside(names):
-    """Names (colour, x, y, words) of places, in a column: each pushes the next one down."""
+def ticks(xs, x_at, y):
+    """The numbers that have room, below their places."""
     shapes, free = [], 0
+    for x in xs:
+        if x_at(x) >= free:
+            shapes.append(text(x_at(x), y, f"{x:,.7g}", "middle"))
+            free = x_at(x) + 50
+    return shapes
+
+
+def names_beside(names, dots):
+    """Names (colour, x, y, words) right of their places, or below the dots and names that stand
+    there already."""
+    shapes = []
+    taken = [(x - 4, x + 4, y) for x, y in dots]  # from, to, and the middle of its height
     for colour, x, y, words in sorted(names, key=lambda name: name[2]):
-        free = max(y, free + 14)
-        shapes.append(NAME.format(colour, x, y, free, free + 4, words))
+        start, end, down = x + 9, x + 9 + LETTER * len(words), y
+        while any(start < t and f < end and abs(down - m) < 13 for f, t, m in taken):
+            down += 1
+        taken.append((start, end, down))
+        shapes.append(NAME.format(colour, x, y, start, down, down + 4, words))
     return shapes
 
 
@@ -141,15 +155,27 @@ def scale(low, high, start, end, unit=float):
 
 def heat_map(scores, chosen: list, title="expert scores") -> str:
     """scores: (L, E), not negative. chosen: for each layer the experts to outline."""
-    return picture([heat(f"{title}; outlined: chosen", scores, chosen)])
+    return picture([heat(f"{title}; outlined: chosen", layers(scores), layers(chosen))])
 
 
-def heat(title, scores, chosen=(), which="expert"):
+def layers(values):
+    return {f"layer {i}": value for i, value in enumerate(values)}
+
+
+def heat(title, rows, chosen, which="expert"):
     """A row a layer, a column an expert, the score as opacity (it suits dark pages)."""
-    largest = max(map(max, scores)) or 1.0
-    E = len(scores[0])
-    title = f"{title}; full colour: {largest:.4f}"
-    return grid(title, which, range(E), scores, min(CELL, 560 // E), SCORE, 1 / largest, chosen)
+    values = list(rows.values())
+    largest = max(map(max, values)) or 1.0
+    return grid(
+        f"{title}; full colour: {largest:.4f}",
+        which,
+        range(len(values[0])),
+        rows,
+        chosen,
+        SCORE,
+        CELL,
+        1 / largest,
+    )
 
 
 def routing_picture(tokens: list[str], ids: list[list[int]], num_experts: int) -> str:
@@ -160,64 +186,75 @@ def routing_picture(tokens: list[str], ids: list[list[int]], num_experts: int) -
     for first in range(0, len(tokens), 12):
         part = slice(first, first + 12)
         heads = [token.replace(" ", "␣")[:6] for token in tokens[part]]
-        rows = [row[part] for row in ids]
+        rows = layers([row[part] for row in ids])
         # degrees of the colour wheel, so that neighbours have unlike colours
-        panels.append(grid(title, "token", heads, rows, 48, EXPERT, 137.5))
+        panels.append(grid(title, "token", heads, rows, {}, EXPERT, 48, 137.5))
     return picture(panels)
 
 
-def grid(title, corner, heads, rows, width, template, scale, outlined=()):
-    """heads: words above the columns, and `corner` says what they are. scale: makes of a value what
-    the template shows as colour."""
-    shapes = [text(LEFT, 20, title), text(LEFT - 6, 40, corner, "end")]
+def grid(title, corner, heads, rows, chosen, template, width, scale):
+    """heads: words above the columns, and `corner` says what they are. rows: {name: values}.
+    chosen: {name: columns to outline}. scale: makes of a value what the template shows as colour.
+    """
+    left = 8 + LETTER * max(map(len, rows))
+    width = min(width, (WIDTH - 4 - left) // len(heads))
+    shapes = [text(8, 20, title), text(left - 6, 40, corner, "end")]
     for column in range(0, len(heads), ceil(24 / width)):
-        shapes.append(text(LEFT + width * (column + 0.5), 40, heads[column], "middle"))
-    for layer, row in enumerate(rows):
-        y = 46 + CELL * layer
-        shapes.append(text(LEFT - 6, y + 11, f"layer {layer}", "end"))
+        shapes.append(text(left + width * (column + 0.5), 40, heads[column], "middle"))
+    y = 46
+    for name, row in rows.items():
+        shapes.append(text(left - 6, y + 11, name, "end"))
         for column, value in enumerate(row):
-            x = LEFT + width * column
             rect = template.format(
-                kind="chosen" if outlined and column in outlined[layer] else "cell",
-                x=x,
+                kind="chosen" if column in chosen.get(name, ()) else "cell",
+                x=left + width * column,
                 y=y,
                 inner=width - 1,
-                middle=x + width / 2,
-                base=y + 11,
-                layer=layer,
+                name=shown(name),
                 column=column,
                 value=value,
                 shade=value * scale,
             )
             shapes.append(rect)
-    return shapes, 60 + CELL * len(rows)
+        y += CELL
+    return shapes, y + CELL
 
 
 # A run -------------------------------------------------------------------------------------------
 
 
 def run_picture(records: list[dict]) -> str:
-    """What metrics.jsonl holds (train.py): loss, accuracy, and the load of the experts."""
+    """What metrics.jsonl holds (train.py): loss, accuracy, and the load of the experts. Accuracies
+    before and after the run are of other rows, those of the test, and so apart from the line."""
     from data.skills import FAMILIES
 
     series = defaultdict(list)
     step = 0  # of what is measured before the first
     for record in records:
         step = record.get("step", step)
+        test = "accuracy" in record and record["event"] in ("before", "after")
         for name, value in (record | record.get("accuracy", {})).items():
-            series[name].append((step, value))
+            series[name, "ring" if test else "line"].append((step, value))
 
-    losses = {name: series[name] for name in ("cross_entropy", "held_out") if name in series}
-    tasks = [name for name in records[0].get("accuracy", {}) if name not in FAMILIES]
-    shares = {name: series[name] for name in (*tasks, "kept") if name in series}
+    def groups(names):
+        found = []
+        for name, look in sorted(series):
+            if name in names:
+                _, last = series.get((name, "ring"), series[name, look])[-1]
+                found.append((f"{name} {last:.3g}", series[name, look], look))
+        return found
+
+    losses = groups(("cross_entropy", "held_out"))
     panels = [plot(losses, "step", "cross-entropy of a token of the answer", "Loss")]
-    if shares:
-        panels.append(plot(shares, "step", "share of the rows answered right", "Accuracy"))
+    if "accuracy" in records[0]:
+        label = "share right: of validation rows on the way (lines), of test rows (rings)"
+        shares = groups({"kept", *records[0]["accuracy"]}.difference(FAMILIES))
+        panels.append(plot(shares, "step", label, "Accuracy", top=1))
     for which in ("expert", "adapter"):
-        loads = series[f"{which}_load"]
+        loads = series[f"{which}_load", "line"]
         for step, load in loads[:1] + loads[-1:]:
             title = f"Each {which}'s share of its layer's choices, step {step}"
-            panels.append(heat(title, load, which=which))
+            panels.append(heat(title, layers(load), {}, which))
     return picture(panels)
 
 

@@ -3,19 +3,25 @@
     python tests/results.py --quick        two seeds of the main methods at their rates
     python tests/results.py                everything, for hours; it stops and continues
     python tests/results.py --only perft   runs whose name has this in it
-    python tests/results.py --list         what would be run
+    python tests/results.py --list         what would be run, as far as it is known
+    python tests/results.py --tables       no run: tables and pictures of what is finished
+
+    python tests/results.py --experts RUN RUN2 FILE.svg
+                                           which experts ESFT chose in two runs, side by side
 
 Each run is one command of train.py, with a folder of its own in --work; from the folders come
-assets/results.csv, a row a run, and assets/curves.csv, a row an evaluation along a run. A run whose
-folder is finished is not repeated, one that was killed is continued, and any row can be had again
-with the same digits: its columns are the flags.
+assets/results.csv, a row a run, and assets/curves.csv, a row an evaluation along a run; from these
+two files the pictures beside them, frontier.svg and parameters.svg. A run whose folder is finished
+is not repeated, one that was killed is continued, and any row can be had again with the same
+digits: its columns are the flags.
 
 What is chosen, and on which rows. A method's rate is chosen from its grid (RATES) with seed 0 and
 on validation rows alone: of the rates at which it learns enough (ENOUGH of the target) the one that
 keeps most of the families; where none does, the one that learns most. The chosen rate is then run
 with the other seeds. `target` and `kept` in results.csv are measured on test rows, which nobody
 looked at for a choice; curves.csv has validation rows, at each of which a run could have been
-stopped.
+stopped. So what a method keeps where it has learnt enough (KEPT, the table that is printed) is the
+best `kept` of those evaluations whose target is ENOUGH: of each seed at the chosen rate.
 
 Columns: trains and activated count parameters that train, and those of them that one token meets.
 target: share of right answers (of three_new: the mean of its parts, which stand beside it). kept:
@@ -24,7 +30,9 @@ mean of the families that the target does not contradict. seconds: of one core's
 
 import csv
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -34,13 +42,13 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import run, skills  # noqa: E402
+from data import pictures, run, skills  # noqa: E402
 
 ENOUGH = 0.95
 SEEDS = range(5)
 STEPS = {"three_new": 300, "kinship_new": 200, "cipher_new": 200, "order_new": 200}
 EVAL_EVERY = {300: 30, 200: 25}
-GRID = (1e-4, 2e-4, 3e-4, 6e-4, 1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2)
+GRID = (1e-4, 2e-4, 3e-4, 6e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 1e-2, 2e-2)
 
 
 class Method(NamedTuple):
@@ -54,27 +62,35 @@ class Method(NamedTuple):
 # Each method at a size at which it can learn three tasks; the first ones are those of the frontier.
 METHODS = [
     Method("perft_s", "r16", "--variant perft_s --rank 16", 1e-3, 1e-2),
+    Method("perft_s", "r64", "--variant perft_s --rank 64", 6e-4, 4e-3),
     Method("perft_d", "4 x r16", "--variant perft_d --rank 16", 3e-4, 3e-3),
     Method("perft_r", "Top2/4 r16", "--variant perft_r --rank 16", 1e-3, 6e-3),
+    Method("perft_e", "r4", "--variant perft_e --rank 4", 1e-3, 6e-3),
     Method("perft_e", "r16", "--variant perft_e --rank 16", 3e-4, 3e-3),
     Method("lora_qv", "r32", "--variant lora_qv --rank 32", 1e-3, 6e-3),
+    Method("lora_experts", "r4", "--variant lora_experts --rank 4", 6e-4, 1e-2),
+    Method(
+        "lora_experts", "shared r8", "--variant lora_experts --rank 8 --shared_outer", 6e-4, 1e-2
+    ),
     Method("esft_token", "p 0.2", "--variant esft_token", 1e-3, 1e-2),
     Method("esft_gate", "p 0.1", "--variant esft_gate", 1e-3, 1e-2),
     Method("esft_token", "random", "--variant esft_token --experts random", 1e-3, 1e-2),
     Method("full", "all", "--variant full", 1e-4, 1e-3),
+    Method("frozen_experts", "all but", "--variant frozen_experts", 1e-4, 2e-3),
+    Method("router", "all", "--variant router", 1e-3, 2e-2),
 ]
 # At one rate: that which the method of the same name was found best with.
 SIZES = [
     Method("perft_s", "r4", "--variant perft_s --rank 4", 0, 0),
-    Method("perft_s", "r64", "--variant perft_s --rank 64", 0, 0),
     Method("perft_d", "4 x r4", "--variant perft_d --rank 4", 0, 0),
     Method("perft_r", "Top2/4 r4", "--variant perft_r --rank 4", 0, 0),
     Method("perft_r", "Top2/8 r16", "--variant perft_r --rank 16 --num_adapters 8", 0, 0),
     Method("perft_r", "Top1/8 r16", "--variant perft_r --rank 16 --num_adapters 8 --top_k 1", 0, 0),
     Method("perft_e", "r2", "--variant perft_e --rank 2", 0, 0),
-    Method("perft_e", "r4", "--variant perft_e --rank 4", 0, 0),
     Method("lora_qv", "r8", "--variant lora_qv --rank 8", 0, 0),
     Method("lora_qv", "r128", "--variant lora_qv --rank 128", 0, 0),
+    Method("lora_experts", "r2", "--variant lora_experts --rank 2", 0, 0),
+    Method("lora_experts", "r16", "--variant lora_experts --rank 16", 0, 0),
     Method("esft_token", "groups of 2", "--variant esft_token --bind_groups 2", 0, 0),
     Method("esft_token", "groups of 4", "--variant esft_token --bind_groups 4", 0, 0),
     Method("esft_token", "groups of 8", "--variant esft_token --bind_groups 8", 0, 0),
@@ -112,13 +128,18 @@ def grid(method: Method) -> list[float]:
 
 
 def best_rate(task: str, method: Method, work: Path) -> float | None:
-    """By the rule of the first page, or None while a run of the grid is missing."""
+    """None while a run of the grid is missing."""
     ends = {}
     for rate in grid(method):
         points = curve(work / Run(task, method.name, method.config, "", rate, 0).name)
         if not points:
             return None
         ends[rate] = points[-1]
+    return choose(ends)
+
+
+def choose(ends: dict[float, dict]) -> float:
+    """By the rule of the first page, of {rate: the last evaluation}."""
     learnt = [rate for rate in ends if ends[rate]["target"] >= ENOUGH]
     if learnt:
         return max(learnt, key=lambda rate: ends[rate]["kept"])
@@ -131,29 +152,33 @@ def edge(task: str, method: Method, work: Path) -> bool:
 
 
 def stages(task: str, work: Path):
-    """Lists of runs, each list after the ones before it are finished."""
+    """Lists of runs, each list after the ones before it are finished. A method whose rate is not
+    known then (--only left its grid out) goes no further."""
     runs = []
     for method in METHODS:
         for rate in grid(method):
             runs.append(Run(task, method.name, method.config, method.flags, rate, 0))
     yield runs
 
-    chosen = {(m.name, m.config): best_rate(task, m, work) for m in METHODS}
-    yield [
-        Run(task, m.name, m.config, m.flags, chosen[m.name, m.config], seed)
-        for seed in SEEDS[1:]
-        for m in METHODS
-    ]
-
+    chosen = {m: best_rate(task, m, work) for m in METHODS}
+    known = [m for m in METHODS if chosen[m]]
+    for seed in SEEDS[1:]:
+        yield [Run(task, m.name, m.config, m.flags, chosen[m], seed) for m in known]
     of_name = {}
-    for (name, _), rate in chosen.items():
-        of_name.setdefault(name, rate)
-    yield [Run(task, m.name, m.config, m.flags, of_name[m.name], 0) for m in SIZES]
-    yield [
-        Run(task, m.name, m.config, m.flags, of_name[m.name], seed)
-        for seed in SEEDS[1:3]
-        for m in SIZES
-    ]
+    for m in known:
+        of_name.setdefault(m.name, chosen[m])
+    sizes = [m for m in SIZES if m.name in of_name]
+    for seed in SEEDS[:3]:
+        yield [Run(task, m.name, m.config, m.flags, of_name[m.name], seed) for m in sizes]
+
+
+def possible():
+    """Every run that this file could make."""
+    for task in STEPS:
+        for m in METHODS + SIZES:
+            for rate in GRID:
+                for seed in SEEDS:
+                    yield Run(task, m.name, m.config, m.flags, rate, seed)
 
 
 def quick(task: str) -> list[Run]:
@@ -256,9 +281,11 @@ def row_of(r: Run, folder: Path) -> dict:
     }
 
 
-def write_tables(runs: list[Run], work: Path, out: Path):
+def write_tables(work: Path, out: Path):
+    """Of all runs that are finished, to `out` and to curves.csv beside it. What these files have of
+    tasks that `work` has not stays."""
     rows, points = [], []
-    for r in sorted(dict.fromkeys(runs)):
+    for r in sorted(possible()):
         folder = work / r.name
         if not finished(folder):
             continue
@@ -266,39 +293,359 @@ def write_tables(runs: list[Run], work: Path, out: Path):
         rows.append(row)
         label = {key: row[key] for key in ("task", "method", "config", "lr", "seed")}
         points += [label | point for point in curve(folder)]
+    if not rows:
+        raise ValueError(f"{work}: no run is finished there; start with python tests/results.py")
+    tasks = {row["task"] for row in rows}
     for path, table in ((out, rows), (out.with_name("curves.csv"), points)):
-        lines = [",".join(table[0])]
+        others = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
+        lines = [line for line in others if line.partition(",")[0] not in tasks]
         for row in table:
             values = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()]
             lines.append(",".join(values))
+        lines = [",".join(table[0]), *lines]
         run.write_text(path, "\n".join(lines) + "\n")
         print(f"wrote {path}: {len(table)} rows")
 
 
+# From tables to pictures --------------------------------------------------------------------------
+
+
+def read_table(path: Path, task: str) -> list[dict]:
+    """A task's rows, with numbers where there are some."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["task"] == task:
+                rows.append({name: number(text) for name, text in row.items()})
+    return rows
+
+
+def number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def mean_and_error(values) -> tuple[float, float]:
+    """The mean, and its standard error: 0 where one value tells none."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.mean(values), error
+
+
+class Results:
+    """A task's rows of results.csv and curves.csv, finished or not."""
+
+    def __init__(self, out: Path, task: str):
+        self.rows = read_table(out, task)
+        self.curves = read_table(out.with_name("curves.csv"), task)
+
+    def of(self, m: Method, table=None) -> list[dict]:
+        rows = self.rows if table is None else table
+        return [row for row in rows if (row["method"], row["config"]) == (m.name, m.config)]
+
+    def rate(self, m: Method) -> float | None:
+        """The chosen one; None while a rate of its grid is missing, since one alone tells nothing
+        of a method."""
+        ends = self.ends(m)
+        return choose(ends) if ends and ends.keys() >= {*grid(m)} else None
+
+    def ends(self, m: Method) -> dict[float, dict]:
+        """Of each rate with seed 0 the last evaluation."""
+        return {row["lr"]: row for row in self.of(m, self.curves) if row["seed"] == 0}
+
+    def seeds(self, m: Method) -> list[dict]:
+        """Its rows at the chosen rate, one a seed."""
+        return [row for row in self.of(m) if row["lr"] == self.rate(m)]
+
+    def kept(self, m: Method, rate: float) -> list[float]:
+        """What each seed keeps where ENOUGH is learnt: its best evaluation along the run at this
+        rate. A seed that never learns ENOUGH is not in the list."""
+        best = {}
+        for row in self.of(m, self.curves):
+            asked = row["lr"] == rate
+            if asked and row["target"] >= ENOUGH:
+                best[row["seed"]] = max(row["kept"], best.get(row["seed"], 0))
+        return list(best.values())
+
+
+def percent(values) -> str:
+    """In %, the mean and its standard error."""
+    mean, error = mean_and_error(values)
+    return f"{100 * mean:.1f}" + (f" ± {100 * error:.1f}" if len(values) > 1 else "")
+
+
+def table(results: Results, methods: list[Method]) -> list[str]:
+    """A row a method, at its rate; of those whose grid is finished."""
+    lines = [
+        "| method | size | rate | trains | a token meets | learns, % | keeps, % "
+        f"| keeps where {ENOUGH:.0%} is learnt | n |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for m in methods:
+        rate = results.rate(m)
+        if rate is None:
+            continue
+        rows = results.seeds(m)
+        enough = results.kept(m, rate)
+        where = percent(enough) if enough else "not learnt"
+        if 0 < len(enough) < len(rows):
+            where += f" ({len(enough)} of {len(rows)})"
+        learns = percent([row["target"] for row in rows])
+        keeps = percent([row["kept"] for row in rows])
+        sizes = f"{rows[0]['trains']:,.0f} | {rows[0]['activated']:,.0f}"
+        lines.append(
+            f"| {m.name} | {m.config} | {rate:g} | {sizes} | {learns} | {keeps} | {where} "
+            f"| {len(rows)} |"
+        )
+    return lines
+
+
+class Claim(NamedTuple):
+    text: str
+    paper: str  # the paper's number
+    ours: tuple[str, ...]  # methods and sizes that tell
+    verdict: str  # written from the numbers of assets/results.csv
+
+
+CLAIMS = [
+    Claim(
+        "PERFT is better than q,v LoRA at equal trained parameters (66 thousand)",
+        "by up to 17.2 % (commonsense)",
+        ("perft_r Top2/4 r16", "lora_qv r32"),
+        "shown: learns 1 to 2 points more, keeps three times as much",
+    ),
+    Claim(
+        "and at equal activated ones (66 thousand)",
+        "the same",
+        ("perft_e r16", "lora_qv r32"),
+        "shown: learns 1 point more, keeps four times as much",
+    ),
+    Claim(
+        "A router of their own (R) is better than all adapters at once (D)",
+        "Mixtral: 84.2, 79.1",
+        ("perft_r Top2/4 r16", "perft_d 4 x r16"),
+        "shown: learns a little more, keeps 22 points more",
+    ),
+    Claim(
+        "S gets worse with rank",
+        "OLMoE: r 8 63.1, r 64 53.3",
+        ("perft_s r16", "perft_s r64"),
+        "not seen, with a rate for each size: it learns the same and keeps 16 more",
+    ),
+    Claim(
+        "E needs few parameters: more do not help",
+        "OLMoE: r 4 71.0, r 16 70.0",
+        ("perft_e r4", "perft_e r16"),
+        "not shown: four times as many learn 2 points more and keep 5 more",
+    ),
+    Claim(
+        "More adapters under the same K",
+        "in its grid",
+        ("perft_r Top2/4 r16", "perft_r Top2/8 r16"),
+        "shown: keeps 9 points more",
+    ),
+    Claim(
+        "An adapter beside each expert (E), or LoRA on its matrices",
+        "not compared",
+        ("perft_e r16", "lora_experts r4", "lora_experts shared r8"),
+        "E keeps 15 to 25 more, with 3 times the parameters; LoRA can be merged",
+    ),
+    Claim(
+        "ESFT learns as much as full fine-tuning, more than LoRA, and keeps more than both",
+        "learns 49.4, 50.2; 51.0; 44.9, keeps 61.5, 60.6; 58.8; 59.1",
+        ("esft_token p 0.2", "esft_gate p 0.1", "full all", "lora_qv r32"),
+        "keeps more than LoRA: shown; learns more: within error; full keeps as much",
+    ),
+    Claim(
+        "The experts of the task are better than random ones",
+        "by 2.8 (token), 4.4 (gate)",
+        ("esft_token p 0.2", "esft_token random"),
+        "shown on both axes (random ones at three times the rate)",
+    ),
+    Claim(
+        "A finer grain is better (experts bound in groups are chosen together)",
+        "worse when bound",
+        ("esft_token p 0.2", *(f"esft_token groups of {n}" for n in (2, 4, 8))),
+        "shown for fours and eights, which keep 9 and 3 points less; not for pairs",
+    ),
+]
+
+
+def claims(results: Results) -> list[str]:
+    """A row a claim, with what each of its methods learns / keeps at its rate, on test rows."""
+    lines = [
+        "| claim | paper | here: learns / keeps, % | |",
+        "|---|---|---|---|",
+    ]
+    by_name = {f"{m.name} {m.config}": m for m in METHODS + SIZES}
+    for claim in CLAIMS:
+        told = []
+        for name in claim.ours:
+            rows = results.seeds(by_name[name])
+            if rows:
+                learns = percent([row["target"] for row in rows])
+                keeps = percent([row["kept"] for row in rows])
+                told.append(f"{name}: {learns} / {keeps}")
+        lines.append(f"| {claim.text} | {claim.paper} | {'; '.join(told)} | {claim.verdict} |")
+    return lines
+
+
+def undominated(points) -> list[tuple]:
+    """Points (target, kept) than which no other has more of both, in the order of the target."""
+    best = []
+    for point in sorted(set(points), reverse=True):
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    return best[::-1]
+
+
+def frontier(results: Results) -> str | None:
+    """Kept against errors on the new tasks, on test rows: of each method a line through its rates
+    with seed 0, and the mean over seeds at the chosen rate as a ring, with its standard errors as
+    bars. Errors have a logarithmic axis: the methods differ where few are left.
+
+    Left out: points with more than half wrong, and those that another rate of the method beats in
+    both: nobody would choose them. Fewer errors than LEAST stand there. None: nothing is left.
+    """
+    groups = []
+    for m in METHODS:
+        seeds = results.seeds(m)
+        if not seeds:
+            continue
+        name = f"{m.name} {m.config}"
+        points = [(row["target"], row["kept"]) for row in results.of(m) if row["seed"] == 0]
+        line = [(errors(x), y) for x, y in undominated(points) if x >= 0.5]
+        x, dx = mean_and_error([row["target"] for row in seeds])
+        y, dy = mean_and_error([row["kept"] for row in seeds])
+        if x < 0.5:
+            continue
+        groups.append((name, [(errors(x - dx), y), (errors(x + dx), y)], "bar"))
+        groups.append((name, [(errors(x), y - dy), (errors(x), y + dy)], "bar"))
+        groups.append((name, [(errors(x), y)], "ring"))
+        groups.append((name, line, "line"))
+    if not groups:
+        return None
+    before = results.rows[0]["kept_before"]
+    plot = pictures.plot(
+        groups,
+        "errors on the new tasks, %",
+        f"share of the other skills that is kept ({before:.0%} before)",
+        "Lines: a method's learning rates. Rings: the mean over seeds at the chosen one",
+        unit=math.log10,
+        x_ticks=(50, 20, 10, 5, 2, 1, 0.5, 0.2),
+        top=1,
+        height=500,
+    )
+    return pictures.picture([plot])
+
+
+LEAST = 0.2  # percent: 3 of 1,500 test rows
+
+
+def errors(target: float) -> float:
+    """In percent, from LEAST to 50, which are the ends of the axis."""
+    return min(max(100 * (1 - target), LEAST), 50.0)
+
+
+def parameters(results: Results) -> str | None:
+    """Target on test rows against what trains, at the method's rate, means over seeds: of each
+    method a line through its sizes, named after the smallest."""
+    sizes = {}
+    for m in METHODS + SIZES:
+        seeds = results.seeds(m)
+        if not seeds:
+            continue
+        mean, _ = mean_and_error([row["target"] for row in seeds])
+        line = f"{m.name} {m.config}" if m.config in ("random", "shared r8") else m.name
+        sizes.setdefault(line, []).append((seeds[0]["trains"], mean, f"{m.name} {m.config}"))
+    groups = []
+    for points in sizes.values():
+        points.sort(reverse=True)
+        groups.append((points[-1][2], [point[:2] for point in points], "line"))
+    if not groups:
+        return None
+    plot = pictures.plot(
+        groups,
+        "parameters that train",
+        "share of the new tasks that is learnt",
+        "Lines: a method's sizes, named after the smallest, at the method's learning rate",
+        unit=math.log10,
+        x_ticks=(3e3, 3e4, 3e5, 3e6),
+        top=1,
+        height=400,
+    )
+    return pictures.picture([plot])
+
+
+def experts(folders: list[Path]) -> str:
+    """Which experts ESFT chose in some runs: of each layer a row a run, from their scores.json."""
+    rows, chosen, counts = {}, {}, []
+    for folder in folders:
+        task = run.read_json(folder / "config.json", task=str)["task"] or folder.name
+        scores = run.read_json(folder / "scores.json", scores=list, chosen=list)
+        for i, ids in enumerate(scores["chosen"]):
+            name = f"layer {i} {task[:16]}"
+            rows[name], chosen[name] = scores["scores"][i], ids
+        counts.append(f"{sum(map(len, scores['chosen']))} for {task}")
+    in_order = dict(sorted(rows.items(), key=lambda row: int(row[0].split()[1])))
+    return pictures.picture(
+        [pictures.heat(f"Experts chosen: {', '.join(counts)}", in_order, chosen)]
+    )
+
+
+def draw(out: Path, task: str):
+    """The tables of the pages, and the two pictures beside `out`."""
+    results = Results(out, task)
+    for lines in (table(results, METHODS), table(results, SIZES), claims(results)):
+        print(*lines, "", sep="\n")
+    for m in METHODS:
+        done = len(results.ends(m))
+        if done < len(grid(m)):
+            print(f"{m.name} {m.config}: left out, {done} of {len(grid(m))} rates are finished")
+    for make in (frontier, parameters):
+        path, svg = out.with_name(f"{make.__name__}.svg"), make(results)
+        if svg is None:
+            print(f"no {path}: there is nothing to draw yet")
+            continue
+        run.write_text(path, svg)
+        print(f"wrote {path}")
+
+
 @run.command
-def main():
+def main(argv=None):
     parser = run.Parser(description="The sweep behind the tables and pictures of results.")
-    parser.add_argument("--quick", action="store_true", help="two seeds at the chosen rates")
-    parser.add_argument("--task", default="three_new", choices=STEPS, help="(%(default)s)")
-    parser.add_argument("--jobs", type=run.count, default=2, help="processes (%(default)s)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="runs with this in their name")
-    parser.add_argument("--work", default="out/results", metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--out", default="assets/results.csv", metavar="FILE", help="(%(default)s)")
-    parser.add_argument("--list", action="store_true", help="what would be run, no more")
-    args = parser.parse_args()
-    work, all_runs = Path(args.work).resolve(), []
+    add = parser.add_argument
+    add("--quick", action="store_true", help="two seeds at the chosen rates")
+    add("--tables", action="store_true", help="no run: tables and pictures of what is finished")
+    add("--list", action="store_true", help="what would be run, no more")
+    add("--task", default="three_new", choices=STEPS, help="(%(default)s)")
+    add("--jobs", type=run.count, default=2, help="processes (%(default)s)")
+    add("--only", default="", metavar="TEXT", help="runs with this in their name")
+    add("--work", default="out/results", metavar="DIR", help="(%(default)s)")
+    add("--out", default="assets/results.csv", metavar="FILE", type=Path, help="(%(default)s)")
+    about = "draw which experts ESFT chose in two runs, no more"
+    add("--experts", nargs=3, metavar=("RUN", "RUN2", "FILE.svg"), type=Path, help=about)
+    args = parser.parse_args(argv)
+    if args.experts:
+        *folders, path = args.experts
+        run.write_text(path, experts(folders))
+        print(f"wrote {path}")
+        return
+    work = Path(args.work).resolve()
     for runs in [quick(args.task)] if args.quick else stages(args.task, work):
         runs = [r for r in runs if args.only in r.name]
-        all_runs += runs
         if args.list:
             print(*(r.name for r in runs), sep="\n")
-            continue
-        work_off(runs, work, args.jobs)
-    if not args.list:
-        write_tables(all_runs, work, Path(args.out))
-        for method in METHODS:
-            if edge(args.task, method, work):
-                print(f"{method.name} {method.config}: its best rate is at an end of its grid")
+        elif not args.tables:
+            work_off(runs, work, args.jobs)
+    if args.list:
+        return
+    write_tables(work, args.out)
+    draw(args.out, args.task)
+    for method in METHODS:
+        if edge(args.task, method, work):
+            print(f"{method.name} {method.config}: its best rate is at an end of its grid")
 
 
 if __name__ == "__main__":

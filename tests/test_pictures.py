@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import re
 import subprocess
@@ -18,11 +19,13 @@ SVG = "{http://www.w3.org/2000/svg}"
 # Three layers of five experts; the largest score is 0.8.
 SCORES = [[0.1, 0.2, 0.4, 0.0, 0.1], [0.8, 0.0, 0.0, 0.1, 0.1], [0.3, 0.3, 0.2, 0.1, 0.1]]
 CHOSEN = [[2, 1], [0], [1, 0, 2]]
-RATES = {
-    "perft_s": [(3e-5, 0.125), (3e-4, 60.5), (3e-3, 99.75)],
-    "perft_e": [(3e-5, 20.5), (3e-4, 80.25), (3e-3, 99.5)],
-    "esft <&> full": [(1e-4, 40), (1e-3, 99.625, "seed 1")],
-}
+RATES = [
+    ("perft_s", [(3e-5, 0.125), (3e-4, 60.5), (3e-3, 99.75)], "line"),
+    ("perft_e", [(3e-5, 20.5), (3e-4, 80.25), (3e-3, 99.5)], "line"),
+    ("perft_e", [(1e-3, 93.5)], "ring"),
+    ("perft_e_mean", [(1e-3, 91.0), (1e-3, 96.0)], "bar"),
+    ("esft<&>full", [(1e-4, 40), (1e-3, 99.625)], "line"),
+]
 TOKENS = ["bob", " is", " the", " brother", " of\n", " dan", "\x00", "<b>", "&", " .", *"abcdefgh"]
 IDS = [[(7 * t + layer) % 32 for t in range(len(TOKENS))] for layer in range(4)]
 
@@ -47,20 +50,28 @@ ON_FILE = [
     {"event": "epoch", "step": 5, "held_out": 2.125},
     {"event": "after", "held_out": 1.75},
 ]
-MANY = {f"method number {i}": [(i, 50 + i / 100), (20 + i, 90.0)] for i in range(11)}
+MANY = {f"method_{i} r{i}": [(i, 50 + i / 100), (31, 90.0)] for i in range(9)}
 PICTURES = {
     "heat map": lambda: pictures.heat_map(SCORES, CHOSEN, "a title"),
     "heat map of OLMoE": lambda: pictures.heat_map(even(16, 64), [[63]] * 16, "a title"),
     "heat map of zeros": lambda: pictures.heat_map([[0.0, 0.0]], [[]]),
-    "curves": lambda: pictures.curves(RATES, "learning rate", "% right", "rates", log_x=True),
-    "scatter": lambda: pictures.scatter(RATES, "learning rate", "% right", "rates"),
-    "eleven lines that end together": lambda: pictures.curves(MANY, "step", "% right"),
-    "one point": lambda: pictures.scatter({"a": [(1, 0)]}, "x", "y"),
+    "curves": lambda: drawn(RATES, unit=math.log10),
+    "nine lines that end together": lambda: drawn([(*one, "line") for one in MANY.items()]),
+    "a crowd of points": lambda: drawn(
+        [(f"m r{i}", [(50 + i % 4, 90 + i % 3)], "line") for i in range(12)], height=500
+    ),
+    "one point": lambda: drawn([("a", [(1, 0)], "ring")]),
     "routing": lambda: pictures.routing_picture(TOKENS, IDS, 32),
     "run": lambda: pictures.run_picture(RECORDS),
     "run of perft_r": lambda: pictures.run_picture(ROUTED),
     "run on a file": lambda: pictures.run_picture(ON_FILE),
 }
+
+
+def drawn(groups, **options):
+    return pictures.picture([pictures.plot(groups, "learning rate", "% right", "rates", **options)])
+
+
 every_picture = pytest.mark.parametrize("name", PICTURES)
 
 
@@ -71,7 +82,8 @@ def shapes(svg, kind):
         down = float(re.fullmatch(r"translate\(0 (.+)\)", panel.get("transform"))[1])
         for shape in panel.iter(SVG + kind):
             x, y = shape.get("x", shape.get("cx")), shape.get("y", shape.get("cy"))
-            yield shape, float(x), float(y) + down
+            dx, dy = float(shape.get("dx", 0)), float(shape.get("dy", 0))
+            yield shape, float(x) + dx, float(y) + dy + down
 
 
 def words(svg):
@@ -140,48 +152,77 @@ def test_a_pointer_on_a_cell_is_told_layer_expert_and_score():
     assert {"layer 0", "layer 2", "expert"} <= set(words(PICTURES["heat map"]()))
 
 
-# Curves and points -------------------------------------------------------------------------------
+# Curves ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("draw", [pictures.curves, pictures.scatter])
-@pytest.mark.parametrize("log_x", [False, True])
-def test_all_numbers_and_names_are_in_the_picture_and_places_keep_their_order(draw, log_x):
-    svg = draw(RATES, "learning rate", "% right", log_x=log_x)
-    found = told(svg)
-    for name, points in RATES.items():
-        assert [f"{name}: {x:g}, {y:g}" for x, y, *_ in points] == [
-            text for text in found if text.startswith(f"{name}:")
-        ]
-    assert {"perft_s 99.8", "perft_e 99.5", "esft <&> full seed 1"} <= set(words(svg))
+@pytest.mark.parametrize("unit", [float, math.log10])
+def test_all_numbers_and_names_are_in_the_picture_and_places_keep_their_order(unit):
+    svg = drawn(RATES, unit=unit)
+    with_dots = [(name, points) for name, points, look in RATES if look != "bar"]
+    expected = [f"{name}: {x:g}, {y:g}" for name, points in with_dots for x, y in points]
+    assert told(svg) == expected
+    # a name once, beside the last group that has it
+    found = [text for text in words(svg) if text.startswith(("perft", "esft"))]
+    assert sorted(found) == ["esft<&>full", "perft_e", "perft_e_mean", "perft_s"]
     dots = [(x, y) for _, x, y in shapes(svg, "circle")]
-    data = [point[:2] for points in RATES.values() for point in points]
+    data = [point for _, points in with_dots for point in points]
     for (a, p), (b, q) in itertools.combinations(zip(data, dots), 2):
         assert (a[0] < b[0]) == (p[0] < q[0]) and (a[1] < b[1]) == (p[1] > q[1])
-    assert svg.count('d="M') - svg.count('class="thin') == (3 if draw is pictures.curves else 0)
+
+
+def test_a_line_goes_through_its_points_and_none_through_rings():
+    svg = drawn(RATES)
+    places = {(x, y) for _, x, y in shapes(svg, "circle")}
+    lines = []
+    for path in ElementTree.fromstring(svg).iter(f"{SVG}path"):
+        if path.get("class").startswith("c"):
+            corners = path.get("d").removeprefix("M ").split()
+            lines.append([tuple(map(float, corner.split(","))) for corner in corners])
+    assert [len(line) for line in lines] == [3, 3, 2, 2]
+    bar = lines.pop(2)
+    (ring,) = [shape for shape in shapes(svg, "circle") if "ring" in shape[0].get("class")]
+    assert ring[0][0].text == "perft_e: 0.001, 93.5"
+    assert {place for line in lines for place in line} == places - {ring[1:]}
+    assert bar[0][0] == bar[1][0] == ring[1] and bar[0][1] > ring[2] > bar[1][1]
 
 
 def test_distances_are_those_of_the_numbers_or_of_their_logarithms():
-    points = {"a": [(1, 0), (10, 50), (100, 100)]}
-    for log_x, middle in ((True, 1 / 2), (False, 9 / 99)):
-        dots = shapes(pictures.scatter(points, "x", "y", log_x=log_x), "circle")
-        (x0, y0), (x1, y1), (x2, y2) = [(x, y) for _, x, y in dots]
+    for unit, middle in ((math.log10, 1 / 2), (float, 9 / 99)):
+        svg = drawn([("a", [(1, 0), (10, 50), (100, 100)], "line")], unit=unit)
+        (x0, y0), (x1, y1), (x2, y2) = [(x, y) for _, x, y in shapes(svg, "circle")]
         assert (x1 - x0) / (x2 - x0) == pytest.approx(middle, abs=1e-3)
         assert (y1 - y0) / (y2 - y0) == pytest.approx(1 / 2, abs=1e-3)
 
 
-def test_a_name_has_the_colour_of_its_line_and_one_that_was_pushed_is_tied_to_it():
-    svg = PICTURES["eleven lines that end together"]()
+def test_the_axes_are_as_asked_for():
+    """Half of the way between two ticks is half of the numbers, whatever the points are."""
+    svg = drawn([("a", [(0.75, 0.375)], "line")], x_ticks=(0.5, 1.0), top=1)
+    across, up = {}, {}
+    for shape, x, y in shapes(svg, "text"):
+        (across if shape.get("text-anchor") == "middle" else up)[shape.text] = (x, y)
+    ((_, x, y),) = shapes(svg, "circle")
+    assert x == pytest.approx((across["0.5"][0] + across["1"][0]) / 2, abs=0.1)
+    assert y == pytest.approx((up["0.25"][1] + up["0.5"][1]) / 2 - 4, abs=0.1)  # 4: a base line
+
+
+def test_names_have_the_colour_of_their_lines_and_are_tied_to_them():
+    svg = PICTURES["nine lines that end together"]()
     root = ElementTree.fromstring(svg)
+    colours = set()
     for name in MANY:
-        (dot,) = [
-            c.get("class")
-            for c in root.iter(f"{SVG}circle")
-            if c[0].text.startswith(f"{name}:") and ", 90" in c[0].text
-        ]
-        (label,) = [t.get("class") for t in root.iter(f"{SVG}text") if t.text == f"{name} 90"]
-        assert dot == label
+        dots = [c for c in root.iter(f"{SVG}circle") if c[0].text.startswith(f"{name.split()[0]}:")]
+        (label,) = [t for t in root.iter(f"{SVG}text") if t.text == name]
+        assert {dot.get("class").split()[0] for dot in dots} == {label.get("class")}
+        colours.add(label.get("class"))
+    assert len(colours) == len(MANY)
     ties = [p for p in root.iter(f"{SVG}path") if p.get("class").startswith("thin c")]
     assert len(ties) == len(MANY)
+
+
+def test_sizes_of_a_method_have_its_colour():
+    groups = [(name, [(1, 1)], "line") for name in ("a r4", "b r4", "a r8")]
+    first, second, third = [c.get("class") for c, _, _ in shapes(drawn(groups), "circle")]
+    assert first == third != second
 
 
 # The experts of a prompt -------------------------------------------------------------------------
@@ -219,6 +260,18 @@ def test_the_picture_of_a_run_has_every_loss_and_accuracy_and_the_first_and_last
     assert [title.split("step ")[1].split(";")[0] for title in titles] == ["20", "60"] * 2
     assert "layer 1, column 0: 0.8" in found
     assert not any("adapter" in text for text in words(PICTURES["run"]()))
+
+
+def test_what_test_rows_showed_is_a_ring_apart_from_the_line_of_validation_rows():
+    circles = [c for c, _, _ in shapes(PICTURES["run"](), "circle")]
+    rings = [c[0].text for c in circles if "ring" in c.get("class")]
+    assert sorted(rings) == [
+        "kept: 0, 0.9127",
+        "kept: 60, 0.7964",
+        "kinship_new: 0, 0",
+        "kinship_new: 60, 0.975",
+    ]
+    assert {"kept 0.796", "kinship_new 0.975"} <= set(words(PICTURES["run"]()))
 
 
 def test_a_run_on_a_file_shows_the_loss_of_its_held_out_rows():

@@ -1,0 +1,220 @@
+"""A row of the sweep can be had again with the same digits; what is chosen, kept and drawn follows
+its rule; and half a sweep has tables and pictures, too."""
+
+import json
+import re
+import shutil
+import statistics
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import results
+
+SVG = "{http://www.w3.org/2000/svg}"
+SHORT = "--variant perft_e --rank 2 --eval_rows 20 --train_rows 100 --batch_size 8"
+METHOD, OTHER = (
+    next(m for m in results.METHODS if (m.name, m.config) == (name, "r16"))
+    for name in ("perft_e", "perft_s")
+)
+
+
+def sweep(folder):
+    """One run of two steps, made by the sweep itself -> its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "STEPS", {"three_new": 2})
+        patch.setattr(results, "EVAL_EVERY", {2: 2})
+        one = results.Run("three_new", "perft_e", "r16", SHORT, 1e-3, 0)
+        results.work_off([one], folder, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return sweep(tmp_path_factory.mktemp("work"))
+
+
+def tables(work, out):
+    results.write_tables(work, out)
+    return out.read_text(), out.with_name("curves.csv").read_text()
+
+
+def test_a_row_that_is_run_again_has_the_same_digits(work, tmp_path):
+    found = []
+    for folder in (work, sweep(tmp_path / "again")):
+        rows, curves = tables(folder, tmp_path / "results.csv")
+        assert rows.count("\n") == curves.count("\n") == 2  # a head, and what was run
+        (weights,) = folder.glob("*/adapter_model.safetensors")
+        without_seconds = rows.rpartition(",")[0]
+        found.append((without_seconds, curves, weights.read_bytes()))
+    assert found[0] == found[1]
+
+
+def test_what_is_finished_is_not_run_again(work, monkeypatch):
+    monkeypatch.setattr(results.subprocess, "Popen", lambda *given, **options: pytest.fail())
+    one = results.Run("three_new", "perft_e", "r16", SHORT, 1e-3, 0)
+    results.work_off([one], work, 1)
+
+
+def test_a_folder_that_is_not_finished_is_in_no_table(work, tmp_path, capsys):
+    (run,) = work.glob("*_0")
+    for seed in (0, 1):
+        shutil.copytree(run, tmp_path / "work" / f"{run.name[:-1]}{seed}")
+    log = tmp_path / "work" / f"{run.name[:-1]}1" / "metrics.jsonl"
+    log.write_text(log.read_text()[:-30])  # as a kill leaves it
+    (tmp_path / "work" / f"{run.name[:-1]}2").mkdir()
+    rows, curves = tables(tmp_path / "work", tmp_path / "results.csv")
+    assert (rows, curves) == tables(work, tmp_path / "expected.csv")
+
+    results.main(["--tables", f"--work={tmp_path / 'work'}", f"--out={tmp_path / 'results.csv'}"])
+    out = capsys.readouterr().out
+    assert "perft_e r16: left out, 1 of 5 rates are finished" in out
+    assert out.count("there is nothing to draw yet") == len(("frontier", "parameters"))
+
+
+def test_without_a_finished_run_one_line_says_so(tmp_path):
+    with pytest.raises(SystemExit, match=r"no run is finished there; start with"):
+        results.main(["--tables", f"--work={tmp_path}", f"--out={tmp_path / 'results.csv'}"])
+
+
+def test_before_anything_is_run_the_list_has_every_rate_of_every_method(tmp_path, capsys):
+    results.main(["--list", f"--work={tmp_path}"])
+    names = capsys.readouterr().out.split()
+    assert len(names) == len(set(names)) == sum(len(results.grid(m)) for m in results.METHODS)
+    assert "three_new_perft_r_Top2of4_r16_0.002_0" in names
+
+
+# The rules, on tables made by hand ----------------------------------------------------------------
+
+
+def write(folder, rows, curves):
+    """Tables of (method, rate, seed, target, kept), and of the same with a step before target."""
+    head = "task,method,config,lr,seed,trains,activated,target,kept_before,kept\n"
+    lines = [
+        f"three_new,{m.name},{m.config},{lr:g},{seed},1024,64,{target:.4f},0.8889,{kept:.4f}\n"
+        for m, lr, seed, target, kept in rows
+    ]
+    (folder / "results.csv").write_text(head + "".join(lines))
+    head = "task,method,config,lr,seed,step,target,kept\n"
+    lines = [
+        f"three_new,{m.name},{m.config},{lr:g},{seed},{step},{target:.4f},{kept:.4f}\n"
+        for m, lr, seed, step, target, kept in curves
+    ]
+    (folder / "curves.csv").write_text(head + "".join(lines))
+    return results.Results(folder / "results.csv", "three_new")
+
+
+@pytest.fixture
+def by_hand(tmp_path):
+    rows = [
+        (METHOD, 6e-4, 0, 0.70, 0.88),
+        (METHOD, 1e-3, 0, 0.96, 0.86),
+        (METHOD, 1e-3, 1, 0.97, 0.84),
+        (METHOD, 1e-3, 2, 0.92, 0.80),
+        (METHOD, 2e-3, 0, 0.99, 0.81),
+        (METHOD, 3e-3, 0, 0.98, 0.40),
+        (OTHER, 1e-3, 0, 0.40, 0.70),
+        (OTHER, 2e-3, 0, 0.45, 0.60),
+    ]
+    curves = [
+        (METHOD, 3e-4, 0, 300, 0.10, 0.89),
+        (METHOD, 6e-4, 0, 300, 0.72, 0.88),
+        (METHOD, 1e-3, 0, 240, 0.95, 0.87),  # it might have been stopped here
+        (METHOD, 1e-3, 0, 270, 0.94, 0.89),
+        (METHOD, 1e-3, 0, 300, 0.96, 0.86),
+        (METHOD, 1e-3, 1, 300, 0.97, 0.83),
+        (METHOD, 1e-3, 2, 300, 0.92, 0.80),  # never learns enough
+        (METHOD, 2e-3, 0, 60, 0.96, 0.88),
+        (METHOD, 2e-3, 0, 300, 0.99, 0.81),
+        (METHOD, 3e-3, 0, 300, 0.98, 0.40),
+    ]
+    curves += [(OTHER, rate, 0, 300, 0.40, 0.70) for rate in results.grid(OTHER) if rate != 2e-3]
+    curves.append((OTHER, 2e-3, 0, 300, 0.45, 0.60))
+    return write(tmp_path, rows, curves)
+
+
+def test_the_rate_is_that_which_keeps_most_of_those_that_learn_or_else_learns_most(by_hand):
+    assert by_hand.rate(METHOD) == 1e-3 and by_hand.rate(OTHER) == 2e-3
+    assert by_hand.rate(results.SIZES[0]) is None
+
+
+def test_a_method_is_left_out_while_a_rate_is_missing(by_hand):
+    by_hand.curves = [row for row in by_hand.curves if row["lr"] != 3e-4]
+    assert by_hand.rate(METHOD) is None and by_hand.rate(OTHER) == 2e-3
+    lines = results.table(by_hand, results.METHODS)
+    assert [line.split()[1] for line in lines[2:]] == ["perft_s"]
+    assert "perft_e" not in results.parameters(by_hand)
+
+
+def test_what_is_kept_is_counted_where_enough_is_learnt_along_the_run(by_hand):
+    assert by_hand.kept(METHOD, 1e-3) == [0.87, 0.83]
+    assert by_hand.kept(OTHER, 2e-3) == []
+    table = results.table(by_hand, results.METHODS)
+    learns, keeps, enough = ([96, 97, 92], [86, 84, 80], [87, 83])
+    texts = [
+        f"{statistics.mean(v):.1f} ± {statistics.stdev(v) / len(v) ** 0.5:.1f}"
+        for v in (learns, keeps, enough)
+    ]
+    sizes = "1,024 | 64"
+    assert f"| perft_e | r16 | 0.001 | {sizes} | {' | '.join(texts)} (2 of 3) | 3 |" in table
+    assert f"| perft_s | r16 | 0.002 | {sizes} | 45.0 | 60.0 | not learnt | 1 |" in table
+
+
+def test_a_claim_is_told_by_what_its_methods_learn_and_keep(by_hand, monkeypatch):
+    ours = ("perft_e r16", "perft_s r16", "perft_s r4")  # the last one was not run
+    monkeypatch.setattr(results, "CLAIMS", [results.Claim("E above S", "71 and 63", ours, "shown")])
+    (row,) = results.claims(by_hand)[2:]
+    assert re.fullmatch(
+        r"\| E above S \| 71 and 63 \| perft_e r16: 95.0 ± \S+ / 83.3 ± \S+; "
+        r"perft_s r16: 45.0 / 60.0 \| shown \|",
+        row,
+    )
+
+
+def test_the_frontier_has_the_rates_that_somebody_would_choose_and_the_mean(by_hand):
+    svg = ElementTree.fromstring(results.frontier(by_hand))
+    told = [circle[0].text for circle in svg.iter(f"{SVG}circle")]
+    # the ring, then the line, without 3e-3, which 2e-3 beats in both; nor the one that is at 45 %
+    mean = f"perft_e: {100 - 100 * (0.96 + 0.97 + 0.92) / 3:.7g}, {(0.86 + 0.84 + 0.80) / 3:.7g}"
+    assert told == [mean, "perft_e: 30, 0.88", "perft_e: 4, 0.86", "perft_e: 1, 0.81"]
+    bars = [path for path in svg.iter(f"{SVG}path") if re.fullmatch(r"c\d+", path.get("class"))]
+    assert len(bars) == 3  # two, and the line
+
+
+def test_a_size_stands_at_its_number_of_parameters_and_the_mean_of_its_seeds(by_hand):
+    svg = ElementTree.fromstring(results.parameters(by_hand))
+    told = {circle[0].text for circle in svg.iter(f"{SVG}circle")}
+    assert told == {"perft_e: 1024, 0.95", "perft_s: 1024, 0.45"}
+
+
+def test_the_experts_of_two_tasks_stand_layer_by_layer_in_one_grid(tmp_path):
+    chosen = {"kinship_new": [[2, 0], [1]], "cipher_new": [[2], [0, 1]]}
+    for task, ids in chosen.items():
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "config.json").write_text(json.dumps({"task": task}))
+        content = {"scores": [[0.1, 0.2, 0.7], [0.3, 0.4, 0.3]], "chosen": ids}
+        (tmp_path / task / "scores.json").write_text(json.dumps(content))
+    folders = [str(tmp_path / task) for task in chosen]
+    results.main(["--experts", *folders, str(tmp_path / "esft.svg")])
+    svg = ElementTree.parse(tmp_path / "esft.svg")
+    words = [text.text for text in svg.iter(f"{SVG}text")]
+    rows = [word for word in words if word.startswith("layer")]
+    assert rows == [f"layer {i} {task}" for i in range(2) for task in chosen]
+    assert words[0].startswith("Experts chosen: 3 for kinship_new, 3 for cipher_new")
+    outlined = [
+        r[0].text.split(":")[0] for r in svg.iter(f"{SVG}rect") if r.get("class") == "chosen"
+    ]
+    expected = [
+        f"layer {i} {task}, column {e}"
+        for i in range(2)
+        for task in chosen
+        for e in sorted(chosen[task][i])
+    ]
+    assert outlined == expected
+
+
+def test_the_rows_of_the_sweep_have_names_of_their_own():
+    """A folder a run: no two runs share one, or the second would be taken for finished."""
+    names = [r.name for r in results.possible()]
+    assert len(names) == len(set(names))
+    assert all(Path(name).name == name for name in names)
