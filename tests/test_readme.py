@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import results
 import torch
 
 import perft
@@ -21,7 +22,8 @@ from model import Config, MoETransformer, active_parameters
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {
-    name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "data/README.md")
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "data/README.md", "tests/README.md")
 }
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 QUICK = {
@@ -79,7 +81,7 @@ for command in COMMANDS:
 """
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README.md", "data/README.md"])
 def test_every_command_runs_in_the_order_of_the_page(page, checkout):
     """With few steps and rows; a later command finds what an earlier one wrote. In one process,
     which imports torch once: that each works in a process of its own is for test_train.py and
@@ -168,7 +170,7 @@ def test_the_size_of_the_embedded_model_is_as_told():
 def test_parameter_counts_are_those_that_perft_prints(capsys):
     """Every variant and base: each number of the README's table in perft.py's output for that
     variant, and in the README every count of trainable parameters that perft.py prints."""
-    perft.main()
+    perft.main([])
     lines = re.findall(r"^  (\w+) +([\d,]+ parameters.*)$", capsys.readouterr().out, re.M)
     printed = {}
     for variant, numbers in lines:
@@ -179,7 +181,9 @@ def test_parameter_counts_are_those_that_perft_prints(capsys):
         len(bases) == 3 for bases in printed.values()
     )
 
-    section = README.split("Parameters (`python perft.py`)")[1].split("\n## ")[0]
+    section = (
+        PAGES["data/README.md"].split("| rank 16 |")[1].split("Parameters: `python perft.py`")[0]
+    )
     for variant, bases in printed.items():
         lines = "\n".join(
             line for line in section.splitlines() if re.search(rf"\b{variant}\b", line)
@@ -215,14 +219,40 @@ def test_the_options_of_each_variant_are_those_it_takes():
     for variant, cell in rows:
         if cell.startswith("also") or "perft_s" in cell:
             told[variant] |= told["perft_s"]
-    parsers = {name: train.make_parser(train.Asked(name)) for name in train.VARIANTS}
-    flags = {name: set(parser.flags()) for name, parser in parsers.items()}
+    every = {f"--{name}" for _, flags in train.FLAGS for name in flags}
+    flags = {}
+    for variant in train.VARIANTS:
+        flags[variant] = every - {f"--{name}" for name in train.missing(variant, {})}
     common = flags["router"]  # which has none of its own
     assert told == {name: flags[name] - common for name in train.VARIANTS}
 
 
-def test_the_results_are_the_means_and_ranges_of_the_runs():
-    """Each row of the results table against assets/results.csv: three seeds at the best rate of
+def test_the_tests_that_hold_a_row_are_there():
+    """By file and the beginning of their names."""
+    rows = re.findall(r"\| `(tests/test_\w+\.py)`(?:: ([\w, ]+))? \|$", README, re.M)
+    assert len(rows) == 8
+    for path, names in rows:
+        code = (ROOT / path).read_text(encoding="utf-8")
+        assert all(f"def {name}" in code for name in names.split(", ") if name)
+
+
+def test_the_first_page_is_short():
+    assert len(README.splitlines()) <= 250
+
+
+def test_the_tables_of_results_and_claims_are_those_that_the_sweep_prints():
+    """Every line, from assets/results.csv and curves.csv."""
+    found = results.Results(ROOT / "assets" / "results.csv", "three_new")
+    for page, lines in (
+        (README, results.table(found, results.METHODS)),
+        (README, results.claims(found)),
+        (PAGES["tests/README.md"], results.table(found, results.SIZES)),
+    ):
+        assert len(lines) > 10 and not set(lines) - set(page.splitlines())
+
+
+def test_the_results_on_the_default_task_are_the_means_and_ranges_of_the_runs():
+    """Each row of the page of data/ against assets/results.csv: three seeds at the best rate of
     seed 0."""
     names = {
         "perft_s": "PERFT-S",
@@ -231,19 +261,22 @@ def test_the_results_are_the_means_and_ranges_of_the_runs():
         "perft_e": "PERFT-E",
         "esft_token": "ESFT-token",
         "esft_gate": "ESFT-gate",
-        "esft_token random": "ESFT-token, random experts",
+        "esft_token_random": "ESFT-token, random experts",
         "lora_qv": "q,v LoRA",
         "full": "full",
     }
+    page = PAGES["data/README.md"]
     with open(ROOT / "assets" / "results.csv", encoding="utf-8") as file:
         runs = [run for run in csv.DictReader(file) if run["task"] == skills.DEFAULT_TARGET]
     for method, name in names.items():
-        mine = [run for run in runs if run["method"] == method]
+        name_of, random = method.replace("_random", ""), method.endswith("_random")
+        mine = [run for run in runs if run["method"] == name_of]
+        mine = [run for run in mine if (run["config"] == "random") == random]
         best = max(float(run["target"]) for run in mine if run["seed"] == "0")
         good = [run for run in mine if run["seed"] == "0" and float(run["target"]) >= best - 0.005]
         lr = max(good, key=lambda run: float(run["kept"]))["lr"]  # the rule that the page gives
         (row,) = re.findall(
-            rf"^\| {re.escape(name)} \| (\S+) \| \S+ \| (.*?) \| (.*?) \|$", README, re.M
+            rf"^\| {re.escape(name)} \| (\S+) \| \S+ \| (.*?) \| (.*?) \|$", page, re.M
         )
         assert float(row[0]) == float(lr)
         for told, key in zip(row[1:], ("target", "kept")):
@@ -259,6 +292,7 @@ def test_the_tables_of_speed_are_what_was_measured():
         rows = [
             row for row in csv.DictReader(file) if row["group"] != "block" or row["threads"] == "2"
         ]
+    page = PAGES["tests/README.md"]
     found = {
         (row["group"], re.sub(r" \(grouped_mm\)", "", row["case"]), row["metric"]): row["value"]
         for row in rows
@@ -266,7 +300,7 @@ def test_the_tables_of_speed_are_what_was_measured():
     assert len(found) == len(rows), "a number stands there twice"
 
     def cells(name):
-        (row,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", README, re.M)
+        (row,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", page, re.M)
         return row.split(" | ")
 
     def value(*key):
@@ -295,7 +329,7 @@ def test_the_tables_of_speed_are_what_was_measured():
         "transformers + peft, LoRA on the experts": ("peft_experts, default",),
         "transformers, full": ("transformers_full, default",),
     }
-    table = README.split("| tokens a second |")[1].split("\n\n")[0]
+    table = page.split("| tokens a second |")[1].split("\n\n")[0]
     for name, cases in step.items():
         (row,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", table, re.M)
         told = [cell.strip() for cell in row.split("|")]
@@ -325,5 +359,5 @@ def test_the_tables_of_speed_are_what_was_measured():
     small, short, long = (
         f"{ratio:.2f}" for ratio in times
     )  # the embedded model, a layer with 512 and 2,048 tokens
-    assert f"takes {small} times the time on the embedded\nmodel, {long} on one" in README
-    assert f"2,048 tokens and {short} with 512" in README
+    assert f"takes {small} times the time on the embedded\nmodel, {long} on one" in page
+    assert f"2,048 tokens and {short} with 512" in page
