@@ -363,7 +363,8 @@ def test_of_processes_that_start_at_once_no_two_are_in_a_folder(tmp_path):
             spans.append([int(number) for number in re.findall(r"\d+", said)])
     spans.sort()
     assert all(first[1] < second[0] for first, second in zip(spans, spans[1:]))
-    assert not (tmp_path / "out").exists()
+    # the one that made the folder removes it, unless another was just looking into it
+    assert not any((tmp_path / "out").glob("*"))
 
 
 def test_a_run_that_has_ended_since_the_flags_were_read_is_not_replaced(
