@@ -1,6 +1,7 @@
 """The sweep behind every table and picture of results: python tests/results.py
 
-    python tests/results.py --quick        two seeds of the main methods at their rates
+    python tests/results.py --quick        two seeds of each method at the rate of the pages, and
+                                           whether they give the same digits
     python tests/results.py                everything, for hours; it stops and continues
     python tests/results.py --only perft   runs whose name has this in it
     python tests/results.py --list         what would be run, as far as it is known
@@ -10,22 +11,24 @@
                                            which experts ESFT chose in two runs, side by side
 
 Each run is one command of train.py, with a folder of its own in --work; from the folders come
-assets/results.csv, a row a run, and assets/curves.csv, a row an evaluation along a run; from these
-two files the pictures beside them, frontier.svg and parameters.svg. A run whose folder is finished
-is not repeated, one that was killed is continued, and any row can be had again with the same
-digits: its columns are the flags.
+results.csv, a row a run, and curves.csv, a row an evaluation along a run; from these two files the
+pictures beside them, frontier.svg and parameters.svg. All four go to --work unless --out names
+another results.csv: those of the pages are in assets/. A run whose folder is finished is not
+repeated, one that was killed is continued, and any row can be had again with the same digits: its
+columns are the flags.
 
-What is chosen, and on which rows. A method's rate is chosen from its grid (RATES) with seed 0 and
+What is chosen, and on which rows. A method's rate is chosen from its part of GRID with seed 0 and
 on validation rows alone: of the rates at which it learns enough (ENOUGH of the target) the one that
 keeps most of the families; where none does, the one that learns most. The chosen rate is then run
 with the other seeds. `target` and `kept` in results.csv are measured on test rows, which nobody
 looked at for a choice; curves.csv has validation rows, at each of which a run could have been
-stopped. So what a method keeps where it has learnt enough (KEPT, the table that is printed) is the
+stopped. So what a method keeps where it has learnt enough (in the table that is printed) is the
 best `kept` of those evaluations whose target is ENOUGH: of each seed at the chosen rate.
 
 Columns: trains and activated count parameters that train, and those of them that one token meets.
 target: share of right answers (of three_new: the mean of its parts, which stand beside it). kept:
-mean of the families that the target does not contradict. seconds: of one core's time.
+mean of the families that the target does not contradict. seconds: of the whole command, beside
+whatever else the machine did; empty where it was not noted.
 """
 
 import csv
@@ -44,6 +47,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import pictures, run, skills  # noqa: E402
 
+RESULTS = ROOT / "assets" / "results.csv"  # of the pages
 ENOUGH = 0.95
 SEEDS = range(5)
 STEPS = {"three_new": 300, "kinship_new": 200, "cipher_new": 200, "order_new": 200}
@@ -55,11 +59,11 @@ class Method(NamedTuple):
     name: str  # of the tables
     config: str  # rank and the like
     flags: str  # of train.py
-    lowest: float  # rates of its grid: GRID from here
-    highest: float  # to here
+    lowest: float = 0.0  # rates of its grid: GRID from here
+    highest: float = 0.0  # to here
 
 
-# Each method at a size at which it can learn three tasks; the first ones are those of the frontier.
+# Each method at sizes at which it can learn three tasks, if it ever does.
 METHODS = [
     Method("perft_s", "r16", "--variant perft_s --rank 16", 1e-3, 1e-2),
     Method("perft_s", "r64", "--variant perft_s --rank 64", 6e-4, 4e-3),
@@ -81,20 +85,20 @@ METHODS = [
 ]
 # At one rate: that which the method of the same name was found best with.
 SIZES = [
-    Method("perft_s", "r4", "--variant perft_s --rank 4", 0, 0),
-    Method("perft_d", "4 x r4", "--variant perft_d --rank 4", 0, 0),
-    Method("perft_r", "Top2/4 r4", "--variant perft_r --rank 4", 0, 0),
-    Method("perft_r", "Top2/8 r16", "--variant perft_r --rank 16 --num_adapters 8", 0, 0),
-    Method("perft_r", "Top1/8 r16", "--variant perft_r --rank 16 --num_adapters 8 --top_k 1", 0, 0),
-    Method("perft_e", "r2", "--variant perft_e --rank 2", 0, 0),
-    Method("lora_qv", "r8", "--variant lora_qv --rank 8", 0, 0),
-    Method("lora_qv", "r128", "--variant lora_qv --rank 128", 0, 0),
-    Method("lora_experts", "r2", "--variant lora_experts --rank 2", 0, 0),
-    Method("lora_experts", "r16", "--variant lora_experts --rank 16", 0, 0),
-    Method("esft_token", "groups of 2", "--variant esft_token --bind_groups 2", 0, 0),
-    Method("esft_token", "groups of 4", "--variant esft_token --bind_groups 4", 0, 0),
-    Method("esft_token", "groups of 8", "--variant esft_token --bind_groups 8", 0, 0),
-    Method("esft_gate", "share", "--variant esft_gate --gate_share", 0, 0),
+    Method("perft_s", "r4", "--variant perft_s --rank 4"),
+    Method("perft_d", "4 x r4", "--variant perft_d --rank 4"),
+    Method("perft_r", "Top2/4 r4", "--variant perft_r --rank 4"),
+    Method("perft_r", "Top2/8 r16", "--variant perft_r --rank 16 --num_adapters 8"),
+    Method("perft_r", "Top1/8 r16", "--variant perft_r --rank 16 --num_adapters 8 --top_k 1"),
+    Method("perft_e", "r2", "--variant perft_e --rank 2"),
+    Method("lora_qv", "r8", "--variant lora_qv --rank 8"),
+    Method("lora_qv", "r128", "--variant lora_qv --rank 128"),
+    Method("lora_experts", "r2", "--variant lora_experts --rank 2"),
+    Method("lora_experts", "r16", "--variant lora_experts --rank 16"),
+    Method("esft_token", "groups of 2", "--variant esft_token --bind_groups 2"),
+    Method("esft_token", "groups of 4", "--variant esft_token --bind_groups 4"),
+    Method("esft_token", "groups of 8", "--variant esft_token --bind_groups 8"),
+    Method("esft_gate", "share", "--variant esft_gate --gate_share"),
 ]
 
 
@@ -182,17 +186,12 @@ def possible():
 
 
 def quick(task: str) -> list[Run]:
-    """Eight methods at the rates that the whole sweep chose, as the committed table has them."""
-    with open(ROOT / "assets" / "results.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    runs = []
-    for seed in (0, 1):
-        for m in METHODS:
-            of_method = [r for r in rows if (r["method"], r["config"]) == (m.name, m.config)]
-            rates = {float(r["lr"]) for r in of_method if r["task"] == task and r["seed"] == "1"}
-            if rates:
-                runs.append(Run(task, m.name, m.config, m.flags, min(rates), seed))
-    return runs
+    """Two seeds of each method at the rate that the whole sweep chose."""
+    found = Results(RESULTS, task)
+    known = [m for m in METHODS if found.rate(m)]
+    return [
+        Run(task, m.name, m.config, m.flags, found.rate(m), seed) for seed in (0, 1) for m in known
+    ]
 
 
 # Running ------------------------------------------------------------------------------------------
@@ -263,7 +262,7 @@ def row_of(r: Run, folder: Path) -> dict:
     settings = run.read_json(folder / "config.json")
     events = {record["event"]: record for record in records(folder)}
     before, after = events["before"], events["after"]
-    parts = {f"{name}": after["accuracy"][name] for name in skills.PARTS.get(r.task, ())}
+    parts = {name: after["accuracy"][name] for name in skills.PARTS.get(r.task, ())}
     return {
         "task": r.task,
         "method": r.method,
@@ -300,11 +299,26 @@ def write_tables(work: Path, out: Path):
         others = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
         lines = [line for line in others if line.partition(",")[0] not in tasks]
         for row in table:
-            values = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()]
-            lines.append(",".join(values))
+            lines.append(",".join(map(as_text, row.values())))
         lines = [",".join(table[0]), *lines]
         run.write_text(path, "\n".join(lines) + "\n")
         print(f"wrote {path}: {len(table)} rows")
+
+
+def compare(runs: list[Run], work: Path):
+    """Say whether runs gave the digits of the pages."""
+    columns = ("task", "method", "config", "lr", "seed", "target", "kept")
+    with open(RESULTS, encoding="utf-8") as file:
+        known = {tuple(row[name] for name in columns) for row in csv.DictReader(file)}
+    same = 0
+    for r in runs:
+        row = row_of(r, work / r.name)
+        same += tuple(as_text(row[name]) for name in columns) in known
+    print(f"{same} of {len(runs)} runs gave the digits of {RESULTS}")
+
+
+def as_text(value) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 # From tables to pictures --------------------------------------------------------------------------
@@ -616,14 +630,14 @@ def draw(out: Path, task: str):
 def main(argv=None):
     parser = run.Parser(description="The sweep behind the tables and pictures of results.")
     add = parser.add_argument
-    add("--quick", action="store_true", help="two seeds at the chosen rates")
+    add("--quick", action="store_true", help="two seeds at the chosen rates, and no tables")
     add("--tables", action="store_true", help="no run: tables and pictures of what is finished")
     add("--list", action="store_true", help="what would be run, no more")
     add("--task", default="three_new", choices=STEPS, help="(%(default)s)")
     add("--jobs", type=run.count, default=2, help="processes (%(default)s)")
     add("--only", default="", metavar="TEXT", help="runs with this in their name")
     add("--work", default="out/results", metavar="DIR", help="(%(default)s)")
-    add("--out", default="assets/results.csv", metavar="FILE", type=Path, help="(%(default)s)")
+    add("--out", metavar="FILE", type=Path, help="(results.csv in --work)")
     about = "draw which experts ESFT chose in two runs, no more"
     add("--experts", nargs=3, metavar=("RUN", "RUN2", "FILE.svg"), type=Path, help=about)
     args = parser.parse_args(argv)
@@ -633,16 +647,21 @@ def main(argv=None):
         print(f"wrote {path}")
         return
     work = Path(args.work).resolve()
+    all_runs = []
     for runs in [quick(args.task)] if args.quick else stages(args.task, work):
         runs = [r for r in runs if args.only in r.name]
+        all_runs += runs
         if args.list:
             print(*(r.name for r in runs), sep="\n")
         elif not args.tables:
             work_off(runs, work, args.jobs)
     if args.list:
         return
-    write_tables(work, args.out)
-    draw(args.out, args.task)
+    if args.quick:
+        return compare(all_runs, work)
+    out = args.out or work / RESULTS.name
+    write_tables(work, out)
+    draw(out, args.task)
     for method in METHODS:
         if edge(args.task, method, work):
             print(f"{method.name} {method.config}: its best rate is at an end of its grid")
