@@ -184,19 +184,6 @@ def try_trained(base, config, folder):
     load_trained(model, folder)
 
 
-def check_finite(model):
-    """ValueError if training made a number that is none. Of several processes all find out."""
-    bad = []
-    for name, p in model.named_parameters():
-        if p.requires_grad and not processes.whole(p.detach()).isfinite().all():
-            bad.append(name)
-    if bad:
-        raise ValueError(
-            f"{len(bad)} trained tensors are not finite, {bad[0]} is one: training diverged; "
-            "lower --lr"
-        )
-
-
 def is_embedded(folder):
     """Is a model of the embedded world, which is: has it the tokenizer of data/tiny_olmoe?"""
     theirs = (EMBEDDED / "tokenizer.json").read_bytes()

@@ -69,7 +69,7 @@ from data import shard as processes
 from data.run import count, from_zero, number, positive
 from model import DTYPES, EMBEDDED, Config, MoETransformer
 from moe import expert_counts, prob_sums, unevenness
-from perft import BASELINES, LORA, PERFT, PerftConfig
+from perft import BASELINES, CHOICES, LORA, PERFT, PerftConfig
 
 # Flags -------------------------------------------------------------------------------------------
 
@@ -134,12 +134,12 @@ FLAGS = [
         alpha=Flag(positive, None, "scale is alpha/r (2r)", ADAPTERS),
         dropout=Flag(from_zero, PerftConfig.dropout, "of the unit's input", ADAPTERS),
         shared_outer=Flag(ON, False, "one outer half for all experts", ("lora_experts",)),
-        kind=Flag(("lora", "parallel"), PerftConfig.kind, "of the unit", PERFT),
-        init=Flag(("paper", "lora"), PerftConfig.init, "weights at the start", PERFT),
+        kind=Flag(CHOICES["kind"], PerftConfig.kind, "of the unit", PERFT),
+        init=Flag(CHOICES["init"], PerftConfig.init, "weights at the start", PERFT),
         num_adapters=Flag(count, PerftConfig.num_adapters, "M", ("perft_d", "perft_r")),
         top_k=Flag(count, PerftConfig.top_k, "adapters of a token", ("perft_r",)),
         adapter_weights=Flag(
-            ("own", "base"),
+            CHOICES["adapter_weights"],
             PerftConfig.adapter_weights,
             "which router weighs, base as in the released OLMoE code",
             ("perft_r",),
@@ -353,9 +353,18 @@ def parse_args(argv=None) -> Namespace:
         check_flags(given, absent)
         args = Namespace(**in_force(variant, given) | dict.fromkeys(absent))
         check_args(args)
+        if args.resume and "lr" not in given:
+            args.lr = begun_with(Path(args.out), args.lr)
     except (ValueError, OSError, ArgumentTypeError) as error:
         parser.error(str(error))
     return args
+
+
+def begun_with(out: Path, default: float) -> float:
+    """The rate of the run that a folder holds; whether it holds one is found out later."""
+    file = out / "config.json"
+    then = run.read_json(file, lr=float) if file.is_file() else {}
+    return then.get("lr") or default
 
 
 def not_understood(word: str, flags: list[str]) -> str:
@@ -829,7 +838,7 @@ def train(args):
     batches = dataset.batches(args, data, tokenizer, first)
     with run.last_words(lambda: what_is_where(out)), run.noting() as noted:
         run_steps(args, settings, model, optimizer, batches, log, noted, data, measured)
-        eval.check_finite(model)
+        check_finite(model)
         saved = save(args, model, out)
     is_saved = f"training is done, {saved} is saved; accuracies: eval.py --adapter {out}"
     with run.last_words(lambda: is_saved):
@@ -1032,9 +1041,22 @@ def run_steps(args, settings, model, optimizer, batches, log, noted, data, measu
     model.eval()
 
 
+def check_finite(model):
+    """ValueError if training made a number that is none. Of several processes all find out."""
+    bad = []
+    for name, p in model.named_parameters():
+        if p.requires_grad and not processes.whole(p.detach()).isfinite().all():
+            bad.append(name)
+    if bad:
+        raise ValueError(
+            f"{len(bad)} trained tensors are not finite, {bad[0]} is one: training diverged; "
+            "lower --lr"
+        )
+
+
 def save_state(out, model, optimizer, log):
     """After the lines of the log that belong to it."""
-    eval.check_finite(model)
+    check_finite(model)
     log.sync()
     hub.write_tensors(Path(out) / "state.safetensors", state_places(model, optimizer))
 

@@ -995,6 +995,18 @@ def test_a_run_is_resumed_with_the_flags_it_was_begun_with(run, monkeypatch):
     run("perft_s", *LONG, "--log_every", 3, "--save_every", 100, "--threads", 1, "--resume")
 
 
+def test_a_run_that_is_resumed_without_a_rate_keeps_its_own(run, monkeypatch):
+    """And not the default of its variant, 1e-3."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupted(patch, 7, ctrl_c)
+        run("perft_s", *LONG, "--lr", 5e-3)
+    folder = run("perft_s", *LONG, "--resume")
+    assert json.loads((folder / "config.json").read_text())["lr"] == 5e-3
+    (resumed,) = metrics(folder, "resumed")
+    assert resumed["lr"] == 5e-3
+    assert metrics(folder, "step")[-1]["lr"] > 5e-4  # of 5e-3, decayed to the last of 9 steps
+
+
 def test_a_damaged_state_is_told_in_one_line(run, monkeypatch, tmp_path):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupted(patch, 7, ctrl_c)
