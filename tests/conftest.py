@@ -7,3 +7,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+# Keys of the config.json of a model that takes no time, for the embedded model's tokenizer.
+SMALL = {
+    "vocab_size": 640,
+    "hidden_size": 16,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 96,
+    "initializer_range": 0.2,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}

@@ -70,6 +70,7 @@ from unittest import mock
 import pytest
 import tokenizers
 import torch
+from conftest import SMALL
 from safetensors import SafetensorError
 from safetensors.torch import load as load_with_safetensors
 
@@ -87,19 +88,6 @@ from perft import PerftConfig
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 5  # that an input may take
 ROOM = 64 << 20  # bytes of memory: what Python and torch take or keep as they like
-SIZES = {
-    "vocab_size": 640,
-    "hidden_size": 16,
-    "intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 96,
-    "initializer_range": 0.2,
-    "eos_token_id": 0,
-    "pad_token_id": 1,
-}
 
 
 # Damage ------------------------------------------------------------------------------------------
@@ -310,7 +298,7 @@ ANSWERS = ["ending1", "ending2", "ending3", "ending4"]
 def make_files(root: Path):
     """Everything that the commands read, by the commands themselves."""
     torch.manual_seed(0)
-    model = MoETransformer(Config(**SIZES))
+    model = MoETransformer(Config(**SMALL))
     base = root / "base"
     model.save_pretrained(base)
     shutil.copy(ROOT / "data" / "tiny_olmoe" / "tokenizer.json", base)
@@ -541,7 +529,7 @@ def expect_config(data, whole, clean):
     expected["num_key_value_heads"] = expected["num_key_value_heads"] or heads
     expected["head_dim"] = expected["head_dim"] or expected["hidden_size"] // heads
     if expected["eos_token_id"] is None:
-        expected["eos_token_id"] = SIZES["eos_token_id"]
+        expected["eos_token_id"] = SMALL["eos_token_id"]
     return clean | {"config": expected}
 
 
@@ -742,8 +730,8 @@ def expect_rows(data, whole, clean):
         need(turns, "no answer")
         for prompt, answer in turns:
             need(isinstance(prompt, str) and isinstance(answer, str), "no text")
-            ids += [*encoded(prompt + answer), SIZES["eos_token_id"]]
-        longest = SIZES["max_position_embeddings"]
+            ids += [*encoded(prompt + answer), SMALL["eos_token_id"]]
+        longest = SMALL["max_position_embeddings"]
         if len(encoded(turns[0][0])) < longest:
             found.append(ids[:longest])
     return {"ids": sorted(found)}

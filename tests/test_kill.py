@@ -28,6 +28,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -40,18 +41,6 @@ ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("KILLS", 0))
 MOMENTS = 60  # about as many as a run has
 STATE = "state.safetensors"
-SIZES = {
-    "vocab_size": 640,
-    "hidden_size": 16,
-    "intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
-    "eos_token_id": 0,
-    "pad_token_id": 1,
-}
 FLAGS = "--steps 5 --save_every 1 --log_every 1 --warmup 1 --batch_size 2 --lr 1e-2 --threads 1"
 FLAGS += " --train_rows 6 --eval_rows 1"
 
@@ -183,7 +172,7 @@ def script():
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
-    model = MoETransformer(Config(**SIZES, initializer_range=0.2))
+    model = MoETransformer(Config(**SMALL))
     model.save_pretrained(tmp_path / "base")
     tokenizer = ROOT / "data" / "tiny_olmoe" / "tokenizer.json"
     (tmp_path / "base" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
