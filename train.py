@@ -96,7 +96,7 @@ class Flag(NamedTuple):
     variants: tuple[str, ...] = VARIANTS  # that have it
 
 
-def group(title: str, **flags: Flag):
+def group(title, **flags: Flag):
     return title, flags
 
 
@@ -263,11 +263,11 @@ def esft_paper(variant: str, given: dict) -> dict:
     }
 
 
-def not_for(variant: str, others: tuple[str, ...]) -> str:
+def not_for(variant, others):
     return f"does not apply to --variant {variant}; it applies to {', '.join(others)}"
 
 
-def missing(variant: str, given: dict) -> dict[str, str]:
+def missing(variant, given):
     """The flags that a command does not have, and why."""
     causes = {}
     if "data" in given:
@@ -286,7 +286,7 @@ def missing(variant: str, given: dict) -> dict[str, str]:
     return why
 
 
-def in_force(variant: str, given: dict) -> dict:
+def in_force(variant, given):
     """The value of each flag: what is given, else the recipe's, else the default."""
     values = {name: flag.default for _, flags in FLAGS for name, flag in flags.items()}
     values |= BY_VARIANT[variant] | {"out": f"out/{variant}"}
@@ -302,7 +302,7 @@ def in_force(variant: str, given: dict) -> dict:
     return values | given
 
 
-def make_parser(defaults: dict, without=()) -> run.Parser:
+def make_parser(defaults, without=()):
     """A parser of all flags but some. Its help shows these defaults; a flag that is not given is
     not in what it reads."""
     parser = run.Parser(
@@ -320,7 +320,7 @@ def make_parser(defaults: dict, without=()) -> run.Parser:
     return parser
 
 
-def for_argparse(flag: Flag, default) -> dict:
+def for_argparse(flag, default):
     about = flag.about
     if default is not None and default is not False:
         about += f" ({default})"
@@ -360,20 +360,20 @@ def parse_args(argv=None) -> Namespace:
     return args
 
 
-def begun_with(out: Path, default: float) -> float:
+def begun_with(out, default):
     """The rate of the run that a folder holds; whether it holds one is found out later."""
     file = out / "config.json"
     then = run.read_json(file, lr=float) if file.is_file() else {}
     return then.get("lr") or default
 
 
-def not_understood(word: str, flags: list[str]) -> str:
+def not_understood(word, flags):
     known = [*flags, *(f"--variant {variant}" for variant in VARIANTS)]
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.55)
     return f"{word} was not understood" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def check_flags(given: dict, absent: dict):
+def check_flags(given, absent):
     """ValueError for a flag that this command does not have, or must have."""
     if "variant" not in given:
         raise ValueError("--variant is required, it says what trains")
@@ -403,7 +403,7 @@ def check_args(args):
         )
 
 
-def adapter_options(args) -> dict:
+def adapter_options(args):
     """The flags that are fields of PerftConfig; --experts is a file, which is not read yet."""
     names = PerftConfig.__dataclass_fields__.keys() - {"experts"}
     return {name: vars(args)[name] for name in names if vars(args)[name] is not None}
@@ -451,7 +451,7 @@ def build(args, config: Config, tokenizer, data: dataset.Data) -> Built:
     return Built(model.to(args.device), plan)
 
 
-def plan_adapters(args, config: Config) -> Plan:
+def plan_adapters(args, config):
     options = adapter_options(args)
     if args.experts:
         options["experts"] = esft.read_choice(args.experts, config).experts
@@ -463,7 +463,7 @@ def plan_adapters(args, config: Config) -> Plan:
     return Plan(edit, perft.warnings_for(PerftConfig(**options), config))
 
 
-def plan_esft(args, config: Config, tokenizer, data: dataset.Data) -> Plan:
+def plan_esft(args, config, tokenizer, data):
     """Score the experts, and choose unless a file says which."""
     say_memory(args, config, lambda model: model.requires_grad_(False))
     print("    a sample is read now, to score the experts, of which some then train")
@@ -482,7 +482,7 @@ def plan_esft(args, config: Config, tokenizer, data: dataset.Data) -> Plan:
     return Plan(lambda model: esft.apply_esft(model, *choice), notes, scored)
 
 
-def score_experts(args, config: Config, tokenizer, data: dataset.Data) -> Scored:
+def score_experts(args, config, tokenizer, data):
     """Read rows of the task with the base. The model that reads is gone afterwards."""
     examples = data.train[: args.score_rows]
     size = args.micro_batch or args.batch_size
@@ -498,7 +498,7 @@ def score_experts(args, config: Config, tokenizer, data: dataset.Data) -> Scored
     return Scored(usage, scores, how | {"experts": args.experts or "by score"})
 
 
-def say_memory(args, config: Config, edit: Callable):
+def say_memory(args, config, edit):
     """Print the memory that a step takes for sure, of a model that takes none itself."""
     with torch.device("meta"):
         model = MoETransformer(config).to(DTYPES[args.dtype])
@@ -552,7 +552,7 @@ def make_optimizer(model, args) -> torch.optim.AdamW:
     return optimizer
 
 
-def state_places(model, optimizer) -> dict[str, hub.Place]:
+def state_places(model, optimizer):
     """Everything that a step changes: the trained parameters, AdamW's moments and step counts."""
     table = {"done": hub.Place(optimizer.done)}
     for name, p in model.named_parameters():
@@ -630,7 +630,7 @@ PEAKS = {
 }
 
 
-def peak_of(device: str) -> float | None:
+def peak_of(device):
     """Operations a second at most; None where nobody says."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
     return next((peak for part, peak in PEAKS.items() if part in name), None)
@@ -850,7 +850,7 @@ def train(args):
         finish(args, log, saved, begun)
 
 
-def open_folder(out, settings, keep_until) -> run.Log:
+def open_folder(out, settings, keep_until):
     """From here on a run that is replaced is lost. metrics.jsonl comes first: it makes a folder a
     run's, whatever happens next. keep_until: the step after which a run is resumed."""
     if processes.RANK > 0:
@@ -877,7 +877,7 @@ def finish(args, log, saved, begun):
         (out / "state.safetensors").unlink(missing_ok=True)
 
 
-def settings_of(args, config: Config, data: dataset.Data) -> dict:
+def settings_of(args, config, data):
     """Every value in force: the flags, and what was derived from them, the base and the rows."""
     balance, adapter_balance = args.balance, args.adapter_balance
     if balance is None:
@@ -910,7 +910,7 @@ def settings_of(args, config: Config, data: dataset.Data) -> dict:
     return settings
 
 
-def settings_of_model(model) -> dict:
+def settings_of_model(model):
     whole = perft.summed("all", perft.what_trains(model))
     return {
         "chosen": getattr(getattr(model, "adapter_config", None), "experts", None),
@@ -919,7 +919,7 @@ def settings_of_model(model) -> dict:
     }
 
 
-def configuration_text(settings: dict) -> str:
+def configuration_text(settings):
     hidden = ("data_sha256", "world", "torch", "base_config", "chosen", "trains", "activated")
     words = []
     for name, value in settings.items():
@@ -929,7 +929,7 @@ def configuration_text(settings: dict) -> str:
     return textwrap.fill(text, 100, subsequent_indent="    ", break_on_hyphens=False)
 
 
-def advice(args, steps: int) -> list[str]:
+def advice(args, steps):
     """What a user should know of settings that are likely not meant."""
     notes = []
     if args.warmup >= steps:
@@ -951,7 +951,7 @@ def advice(args, steps: int) -> list[str]:
     return notes
 
 
-def check_same_run(now: dict, out: Path):
+def check_same_run(now, out):
     """A run is continued with the flags it was begun with; its rate alone may change."""
     free = {"lr", "resume", "overwrite", "out", "log_every", "save_every"}
     free |= {"threads", "torch", "world", "device"}
@@ -971,7 +971,7 @@ def check_state(optimizer, steps, out):
         )
 
 
-def save(args, model, out: Path) -> Path:
+def save(args, model, out):
     """Write what was trained -> the file of its weights."""
     if args.variant in ESFT:
         esft.save(model, out)
@@ -1119,7 +1119,7 @@ def log_step(args, optimizer, log, losses, grad_norm, speed, peak_share, left):
     log.write(text, event="step", step=done, **record, expert_load=load.tolist())
 
 
-def step_text(step: int, record: dict) -> str:
+def step_text(step, record):
     share = record["peak_share"]
     peak = "" if share is None else f"   {100 * share:.1f} % of the peak"
     return (
@@ -1174,7 +1174,7 @@ def main(argv=None):
         raise ValueError(f"in process {processes.RANK}: {error}") from None
 
 
-def what_is_where(out: Path) -> str:
+def what_is_where(out):
     """Of a run whose steps have begun: what there is of it, and how to go on."""
     if (out / "state.safetensors").exists():
         return f"an earlier step is saved in {out}, go on with --resume"
