@@ -43,6 +43,7 @@ experts, which neither OLMoE nor Mixtral has.
                           what train.py saved, in its base, as a Hugging Face folder
 """
 
+import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,11 +71,11 @@ from perft import (
     check_fingerprint,
     config_of,
     fingerprint,
-    need_float32,
-    refuse_second,
     script,
     settle,
+    train_base,
     train_master,
+    write_files,
     write_folder,
 )
 
@@ -224,11 +225,12 @@ class ChosenExperts(nn.Module):
         # on the CPU also where the model is on meta: no checkpoint would fill it
         order = torch.tensor(chosen + others, device="cpu")
         self.register_buffer("position", order.argsort(), persistent=False)  # (E,)
-        self.gate_up_bank = nn.Parameter(experts.gate_up_proj.data[order], requires_grad=False)
-        self.down_bank = nn.Parameter(experts.down_proj.data[order], requires_grad=False)
+        gate_up, down = experts.gate_up_proj.data[order], experts.down_proj.data[order]
+        self.gate_up_bank = nn.Parameter(gate_up, requires_grad=False)
+        self.down_bank = nn.Parameter(down, requires_grad=False)
         # the masters, under the names that these matrices have in moe.Experts
-        self.gate_up_proj = nn.Parameter(self.gate_up_bank.data[:n].to(torch.float32, copy=True))
-        self.down_proj = nn.Parameter(self.down_bank.data[:n].to(torch.float32, copy=True))
+        self.gate_up_proj = nn.Parameter(gate_up[:n].to(torch.float32, copy=True))
+        self.down_proj = nn.Parameter(down[:n].to(torch.float32, copy=True))
 
     def pairs(self):
         """(bank, masters) of both stacks."""
@@ -292,12 +294,8 @@ def apply_esft(model, chosen: Choice, train_router=False, train_non_experts=Fals
     else. ValueError if it cannot be. Attach when the base has its dtype: a later model.to(dtype)
     would cast the float32 masters too.
     """
-    refuse_second(model)
     check_experts(chosen, model.config)
-    if train_non_experts:
-        need_float32(model, "train_non_experts")
-    for name, p in model.named_parameters():
-        p.requires_grad_(train_non_experts and ".experts." not in name)
+    train_base(model, others=train_non_experts)
     for block, ids in zip(model.layers, chosen):
         block.moe.experts = ChosenExperts(block.moe.experts, ids)
         if train_router:
@@ -331,26 +329,15 @@ def read_choice(path: str | Path, base) -> EsftConfig:
     model.Config) cannot do that."""
     from data import run
 
-    content = run.read_json(
-        path,
-        experts=dict,
-        shared_experts=bool,
-        router=bool,
-        non_expert_modules=bool,
-    )
-    if content.get("shared_experts"):
+    flags = {"shared_experts": bool, "router": bool, "non_expert_modules": bool}
+    content = run.read_json(path, experts=dict, **flags)
+    shared_experts, train_router, train_non_experts = (bool(content.get(name)) for name in flags)
+    if shared_experts:
         raise ValueError(f"{path}: shared_experts is true, {base.model_type} models have none")
     experts = content.get("experts") or {}
     chosen = [experts.get(str(i)) for i in range(len(experts))]
-    try:
-        check_experts(chosen, base)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return EsftConfig(
-        chosen,
-        train_router=content.get("router") is True,
-        train_non_experts=content.get("non_expert_modules") is True,
-    )
+    check_experts(chosen, base, path)
+    return EsftConfig(chosen, train_router, train_non_experts)
 
 
 def trained_places(model):
@@ -365,9 +352,6 @@ def save(model, folder: str | Path):
     """Write expert_cfg.json, in the released layout with two keys more, and what trains as
     expert_weights.safetensors: whole tensors (not differences) in the base's dtype under the
     checkpoint's names. Laid over the base's tensors, they make the fine-tuned checkpoint."""
-    from data import hub, run
-    from data import shard as processes
-
     config = config_of(model, EsftConfig)
     content = {
         "experts": dict(enumerate(config.experts)),
@@ -376,10 +360,8 @@ def save(model, folder: str | Path):
         "router": config.train_router,
         "base": fingerprint(model.config),
     }
-    if processes.RANK == 0:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        run.write_json(Path(folder) / CONFIG, content)
-    hub.write_tensors(Path(folder) / WEIGHTS, trained_places(model), model.norm.weight.dtype)
+    path, dtype = Path(folder) / CONFIG, model.norm.weight.dtype
+    write_files(path, json.dumps(content), WEIGHTS, trained_places(model), dtype)
 
 
 def load(model, folder: str | Path):
@@ -388,10 +370,8 @@ def load(model, folder: str | Path):
     ValueError, naming both sides, the model untouched, for another base, for tensors that are not
     those of the choice, and for numbers that are none.
     """
-    from data import run
-
     path = Path(folder) / CONFIG
-    check_fingerprint(run.read_json(path).get("base"), model.config, path)
+    check_fingerprint(path, model.config)
     config = read_choice(path, model.config)
 
     def edit(base):

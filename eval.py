@@ -41,7 +41,7 @@ import json
 import math
 import os
 import sys
-import time
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,8 +85,8 @@ RUN_FILES = (
 
 
 @torch.no_grad()
-def is_right(model, tokenizer, rows: list[skills.Row], batch_size=128) -> list[bool]:
-    """Would greedy decoding answer each row exactly?"""
+def is_right(model, tokenizer, rows, batch_size=128):
+    """Would greedy decoding answer each row exactly? -> a bool each."""
     examples = encode_rows(rows, tokenizer)
     right = []
     was_training = model.training
@@ -116,7 +116,7 @@ def accuracies(
     mean."""
     accuracy = {}
     for name in names:
-        n = rows if task in (None, name) else max(rows // 5, 1)
+        n = max(rows if task in (None, name) else rows // 5, 1)
         parts = skills.PARTS.get(name, (name,))
         for part in parts:
             right = is_right(model, tokenizer, skills.sample(part, split, n))
@@ -178,10 +178,16 @@ def load_trained(model: MoETransformer, folder: str | Path) -> MoETransformer:
 def try_trained(base, config, folder):
     """Raise what load_trained would, on a model without memory: before the base's weights are read,
     which may take minutes."""
-    hub.Checkpoint(base).check_sizes(config)
+    hub.Tensors(base).check_sizes(config)
     with torch.device("meta"):
         model = MoETransformer(config)
     load_trained(model, folder)
+
+
+def load_asked(args, config):
+    """--base, and what --adapter trained on it."""
+    model = load_model(args.base, config, args.dtype, args.device)
+    return load_trained(model, args.adapter) if args.adapter else model
 
 
 def is_embedded(folder):
@@ -234,11 +240,11 @@ class Answerer(NamedTuple):
         limit = self.model.config.max_position_embeddings + 1  # the last token is not read
         requests, characters, cut = [], [], []
         for row in rows:
-            for prompt, text in self.choices(task, row):
+            for prompt, text in choices_of(task, row, self.how):
                 context, continuation = encode_pair(prompt, f" {text}", self.tokenizer)
                 room = limit - len(continuation)
                 requests.append((self.shorten(context, room), continuation))
-                characters.append(max(len(text), 1))
+                characters.append(len(text) or 1)
                 cut.append(len(context) > room)
         scored = zip(log_likelihoods(self.model, requests), characters, cut)
 
@@ -258,18 +264,19 @@ class Answerer(NamedTuple):
             records.append(record)
         return records
 
-    def choices(self, task, row):
-        """(context, text) of each choice of a row."""
-        if self.how.choices == "texts":
-            return task.cloze(row)
-        prompt = task.render_eval(row, self.how.template)
-        return [(prompt, word) for word in task.choices(row)]
-
     def shorten(self, ids, room):
         """The end of a prompt that is longer than the model's positions allow: the question's last
         words and the cue. A begin token stays."""
         begin = ids[:1] if len(ids) > room and ids[0] == self.tokenizer.bos_id else []
         return begin + ids[-max(room - len(begin), 1) :]
+
+
+def choices_of(task, row, how):
+    """(context, text) of each choice of a row. ValueError if it has none."""
+    if how.choices == "texts":
+        return task.cloze(row)
+    prompt = task.render_eval(row, how.template)
+    return [(prompt, word) for word in task.choices(row)]
 
 
 def likeliest(words, scores):
@@ -289,8 +296,8 @@ def encode_pair(context, continuation, tokenizer):
 def log_likelihoods(model, requests):
     """log p(continuation | context) of each pair of id lists. A context that several share is run
     once."""
-    owners = [tuple(context) for context, _ in requests]
-    contexts = list(dict.fromkeys(owners))
+    contexts = {}  # each once -> its number
+    owners = [contexts.setdefault(tuple(ids), len(contexts)) for ids, _ in requests]
     continuations = [torch.tensor(ids) for _, ids in requests]
     longest = max(map(len, continuations))
     length = max(map(len, contexts)) + longest - 1
@@ -299,12 +306,11 @@ def log_likelihoods(model, requests):
         return [log_likelihoods(model, [request])[0] for request in requests]
 
     decoder = Decoder(model, contexts, longest - 1)  # the last token is foretold, never read
-    device = decoder.ids.device
-    owner = torch.tensor([contexts.index(context) for context in owners], device=device)  # (R,)
-    ids = pad_sequence(continuations, True, -100).to(device)  # (R, longest)
-    logits = decoder.next_logits()[owner][:, None]  # (R, 1, V): the context foretells the first
+    owners = decoder.ids.new_tensor(owners)  # (R,)
+    ids = pad_sequence(continuations, True, -100).to(owners.device)  # (R, longest)
+    logits = decoder.next_logits()[owners][:, None]  # (R, 1, V): the context foretells the first
     if longest > 1:
-        decoder.select(owner)
+        decoder.select(owners)
         rest = model(ids[:, :-1].clamp(min=0), decoder.mask, cache=decoder.cache).logits.float()
         logits = torch.cat((logits, rest), dim=1)  # (R, longest, V)
     # 0 where ids are -100, behind a shorter continuation
@@ -318,16 +324,6 @@ def log_likelihoods(model, requests):
 # Rows and predictions ----------------------------------------------------------------------------
 
 
-def read_test_sets(args):
-    """Name -> rows of the test sets among --tasks: groups in full, each set once."""
-    sets = {}
-    for asked in args.tasks:
-        for name in GROUPS.get(asked, [asked]):
-            if name in TASKS and name not in sets:
-                sets[name] = read_test_set(TASKS[name], args)
-    return sets
-
-
 def read_test_set(task, args):
     """The first --eval_rows rows, or all. FileNotFoundError or ValueError of one line where they
     are not what the task needs: found here, not after an hour of generation."""
@@ -339,23 +335,27 @@ def read_test_set(task, args):
         )
     _, rows = read_rows(path)
     for i, row in enumerate(rows):
-        if args.method == "likelihood":
-            offered = task.cloze if args.choices == "texts" else task.choices
-            try:
-                offered(row)  # it has some, or says how else it can be asked
-            except ValueError as error:
-                raise ValueError(f"{path}: record {i + 1}: {error}") from None
-        answer = row.get("answer")
-        text = str(answer).replace(",", "")
-        if task.answer(text) != text:  # the task's rule finds all of a right answer
-            expected = " or ".join(task.words) or "a number"
-            raise ValueError(
-                f'{path}: record {i + 1}: "answer" is {run.shown(answer)}, expected {expected}; '
-                "is it a test set of LLM-Adapters?"
-            )
+        try:
+            check_answer(task, row)
+            if args.method == "likelihood":
+                choices_of(task, row, args)  # it has some, or says how else it can be asked
+        except ValueError as error:
+            raise ValueError(f"{path}: record {i + 1}: {error}") from None
     if args.eval_rows is None and len(rows) != task.rows:
         print(f"note: {path} has {len(rows)} rows, the papers' set {task.rows}")
     return rows[: args.eval_rows]
+
+
+def check_answer(task, row):
+    """Is there a question, and is all of its right answer what the task's rule finds in it?"""
+    answer = row.get("answer")
+    text = str(answer).replace(",", "")
+    if "instruction" not in row or task.answer(text) != text:
+        expected = " or ".join(task.words) or "a number"
+        raise ValueError(
+            f'"answer" is {run.shown(answer)}, expected {expected}; '
+            "is it a test set of LLM-Adapters?"
+        )
 
 
 def digest(row):
@@ -373,7 +373,7 @@ FIELDS = {"task": str, "index": int, "row": str, "correct": bool, "cut": bool}  
 
 
 def open_predictions(folder, settings, overwrite):
-    """-> {(task, digest of a row): its record}, of a folder that is ready for more. It holds
+    """-> {task: {digest of a row: its record}}, of a folder that is ready for more. It holds
     predictions.jsonl, one line a row; settings.json, since predictions of other settings do not
     mix; and results.json, which is made of them."""
     path = folder / "predictions.jsonl"
@@ -392,13 +392,13 @@ def open_predictions(folder, settings, overwrite):
                 f"{folder} holds predictions of other settings ({changed}); choose another "
                 "--out, or --overwrite"
             )
-    predictions = {}
+    predictions = defaultdict(dict)
     for i, line in enumerate(lines):
         record = read_prediction(line, f"{path}:{i + 1}")
-        predictions[record["task"], record["row"]] = record
+        predictions[record["task"]][record["row"]] = record
     if not lines:
         (folder / "results.json").unlink(missing_ok=True)
-    run.write_text(path, "".join(f"{line}\n" for line in lines))
+    run.write_text(path, "\n".join([*lines, ""]))
     run.write_json(folder / "settings.json", settings, indent=2)
     return predictions
 
@@ -417,61 +417,66 @@ def read_prediction(line, place):
     )
 
 
-def predict(answerer, sets, predictions, path):
-    """Answer every row that has no prediction yet, rows of like length together -> rows a second,
-    0 if none was left."""
-    how, batches = answerer.how, []
-    left = total = 0
-    for name, rows in sets.items():
-        missing = [i for i, row in enumerate(rows) if (name, digest(row)) not in predictions]
-        missing.sort(key=lambda i: -len(rows[i]["instruction"]))
-        for start in range(0, len(missing), how.batch_size):
-            batches.append((name, missing[start : start + how.batch_size]))
-        left += len(missing)
-        total += len(rows)
-    if left < total:
-        print(f"{total - left} of {total} rows were answered before")
-    start = time.perf_counter()
-    bar = tqdm(batches, unit=" batches", file=sys.stdout, mininterval=2, disable=left == 0)
-    for name, chosen in bar:
-        rows = [sets[name][i] for i in chosen]
-        records = getattr(answerer, how.method)(TASKS[name], rows)
+def answer_sets(answerer, sets, predictions, path):
+    """-> {task: its summary}. Whatever stops it, the answers so far are kept."""
+    table = {}
+    told = "answers so far are kept: the same command, without --overwrite, continues"
+    try:
+        with run.last_words(lambda: told):
+            for name, rows in sets.items():
+                records = predict(answerer, TASKS[name], rows, predictions[name], path)
+                table[name] = summary(TASKS[name], records)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise ValueError("out of memory; lower --batch_size (answers so far are kept)") from None
+    return table
+
+
+def predict(answerer, task, rows, known, path):
+    """Answer the rows of a task that are not known yet, rows of like length together -> the records
+    of all."""
+    digests = [digest(row) for row in rows]
+    left = [i for i, row in enumerate(digests) if row not in known]
+    before = len(rows) - len(left)
+    if before:
+        print(f"{task.name}: {before} of {len(rows)} rows were answered before")
+    left.sort(key=lambda i: -len(rows[i]["instruction"]))
+    how = answerer.how
+    starts = range(0, len(left), how.batch_size)
+    for start in tqdm(starts, task.name, file=sys.stdout, mininterval=2, disable=not left):
+        chosen = left[start : start + how.batch_size]
+        records = getattr(answerer, how.method)(task, [rows[i] for i in chosen])
         with open(path, "a", encoding="utf-8") as file:  # kept from here on, whatever happens
-            for i, row, record in zip(chosen, rows, records):
-                record |= {"task": name, "index": i, "row": digest(row), "gold": row["answer"]}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                predictions[name, record["row"]] = record
-    return left / (time.perf_counter() - start)
+            for i, record in zip(chosen, records):
+                row = digests[i]
+                record |= {"task": task.name, "index": i, "row": row, "gold": rows[i]["answer"]}
+                print(json.dumps(record, ensure_ascii=False), file=file)
+                known[row] = record
+    return [known[row] for row in digests]
 
 
 # Results -----------------------------------------------------------------------------------------
 
 
-def summary(sets, predictions):
-    """-> {task: n, cut prompts, rule, and [accuracy, standard error] by each rule}."""
-    table = {}
-    for name, rows in sets.items():
-        records = [predictions[name, digest(row)] for row in rows]
-        cut = sum(record["cut"] for record in records)
-        table[name] = {"n": len(rows), "cut": cut, "rule": TASKS[name].rule}
-        for key in records[0]:
-            if key.startswith("correct"):
-                table[name][key.replace("correct", "acc")] = accuracy_of(records, key)
-    return table
-
-
-def accuracy_of(records, key):
-    """[share of those that are right, its standard error]: the sample's deviation / sqrt(n)."""
+def summary(task, records):
+    """n, cut prompts, rule, and by each rule [share of right answers, its standard error]: the
+    sample's deviation / sqrt(n)."""
     n = len(records)
-    share = sum(record.get(key) is True for record in records) / n
-    return [share, math.sqrt(share * (1 - share) / max(n - 1, 1))]
+    row = {"n": n, "cut": sum(record["cut"] for record in records), "rule": task.rule}
+    for key in records[0]:
+        if key.startswith("correct"):
+            share = sum(record.get(key) is True for record in records) / n
+            error = math.sqrt(share * (1 - share) / max(n - 1, 1))
+            row[key.replace("correct", "acc")] = [share, error]
+    return row
 
 
 def means_of(table):
     """Unweighted means of the tasks' accuracies, with their standard errors."""
-    means, rows = {}, list(table.values())
+    means, rows = {}, table.values()
     for key in ("acc", "acc_norm"):
-        if key in rows[0]:  # and in all: they were asked in one way
+        if all(key in row for row in rows):
             shares, errors = zip(*[row[key] for row in rows])
             means[key] = [sum(shares) / len(rows), math.hypot(*errors) / len(rows)]
     return means
@@ -481,20 +486,19 @@ def print_table(table, means):
     """A line a task, their mean, and what a reader should know beside."""
     heads = [f" {key + ' %':>9}   s.e." for key in means]
     print(f"{'task':28} {'n':>6}", *heads, sep="")
-    for name, row in (table | {"mean, unweighted": means}).items():
-        title = "AQuA (first capital A-E)" if name == "AQuA" else name
-        cells = [percent(" {:9.1f} {:6.1f}", row[key]) for key in means]
-        print(f"{title:28} {row.get('n', ''):>6}", *cells, sep="")
+    lines = table | {"mean, unweighted": means}
     if "AQuA" in table:
-        stated = percent("{:.1f} % (s.e. {:.1f})", table["AQuA"]["acc_stated"])
-        print(f"beside the mean: AQuA by the letter that is stated {stated}")
+        lines["not in it: AQuA, as stated"] = {"acc": table["AQuA"]["acc_stated"]}
+    for name, row in lines.items():
+        title = "AQuA (first capital A-E)" if name == "AQuA" else name
+        line = f"{title:28} {row.get('n', ''):>6}"
+        for key in means:
+            share, error = row[key]
+            line += f" {100 * share:9.1f} {100 * error:6.1f}"
+        print(line)
     cut = sum(row["cut"] for row in table.values())
     if cut:
         print(f"{cut} prompts were longer than the model's positions and lost their beginning")
-
-
-def percent(form, accuracy):
-    return form.format(*(100 * value for value in accuracy))
 
 
 # The questions -----------------------------------------------------------------------------------
@@ -541,7 +545,7 @@ def measure_skills(args, model, tokenizer):
     if not args.tasks:
         task = args.trained.get("task")
         names = [*([task] if task else []), *skills.FAMILIES]
-    rows = args.eval_rows or max(args.trained.get("eval_rows") or 500, 1)
+    rows = args.eval_rows or args.trained.get("eval_rows") or 500
     accuracy = accuracies(model, tokenizer, names, rows, task)
     for name, share in accuracy.items():
         print(f"{name:14} {100 * share:6.1f} %")
@@ -549,43 +553,52 @@ def measure_skills(args, model, tokenizer):
         print(kept_text(accuracy, task))
 
 
-def evaluate_sets(answerer, sets, settings, out, predictions):
-    """Answer test sets, print the table, write predictions.jsonl and results.json."""
-    trained = answerer.how.trained
-    if trained.get("template") == "chat":
-        print("note: the run was trained on chats, a form that test sets do not have")
-    file = out / "results.json"
-    before = run.read_json(file, tasks=dict) if file.exists() else {}
-    try:
-        speed = predict(answerer, sets, predictions, out / "predictions.jsonl")
-    except KeyboardInterrupt as stop:
-        told = "answers so far are kept: the same command, without --overwrite, continues"
-        raise run.Stopped(told, getattr(stop, "code", 130)) from None
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        raise ValueError("out of memory; lower --batch_size (answers so far are kept)") from None
+# What predictions depend on: those of other settings do not mix.
+SETTINGS = "adapter base dtype method max_new_tokens num_beams choices template".split()
 
-    table = summary(sets, predictions)
-    means = means_of(table)
-    print_table(table, means)
-    results = {
-        **settings,
-        "variant": trained.get("variant"),
-        "mean": means,
-        "mean_of": list(table),
-        "tasks": (before.get("tasks") or {}) | table,  # those of earlier commands, too
-        "prompts_per_second": speed or before.get("prompts_per_second"),
-        "torch": torch.__version__,
-    }
-    run.write_json(file, results)
-    print(f"saved {file} and predictions.jsonl ({speed:.1f} prompts/s)")
+
+def measure_sets(args, config, tokenizer):
+    """Test sets, and skills that are named with them: print accuracies, write settings.json,
+    predictions.jsonl and results.json."""
+    sets = {}
+    for name, task in TASKS.items():
+        if not {name, task.group}.isdisjoint(args.tasks):
+            sets[name] = read_test_set(task, args)
+    settings = {name: vars(args)[name] for name in SETTINGS if name in args}
+    print("evaluation:", *(f"{name}={value}" for name, value in settings.items()))
+    if args.trained.get("template") == "chat":
+        print("note: the run was trained on chats, a form that test sets do not have")
+    settings["weights"] = [weights_identity(args.base)]
+    if args.adapter:
+        settings["weights"].append(weights_identity(args.adapter))
+
+    home = args.adapter or f"out/{Path(args.base).name}"
+    out = Path(args.out or f"{home}/eval_{args.method}")
+    with run.locked(out):
+        predictions = open_predictions(out, settings, args.overwrite)
+        file = out / "results.json"
+        before = run.read_json(file, tasks=dict) if file.exists() else {}
+
+        model = load_asked(args, config)
+        measure_skills(args, model, tokenizer)
+        answerer = Answerer(model, tokenizer, args)
+        table = answer_sets(answerer, sets, predictions, out / "predictions.jsonl")
+
+        means = means_of(table)
+        print_table(table, means)
+        results = {
+            **settings,
+            "variant": args.trained.get("variant"),
+            "mean": means,
+            "mean_of": list(table),
+            "tasks": (before.get("tasks") or {}) | table,  # those of earlier commands, too
+            "torch": torch.__version__,
+        }
+        run.write_json(file, results)
+        print(f"saved {file} and predictions.jsonl")
 
 
 # The command -------------------------------------------------------------------------------------
-
-# What predictions depend on: those of other settings do not mix.
-SETTINGS = "adapter base dtype method max_new_tokens num_beams choices template".split()
 
 
 def make_parser():
@@ -705,14 +718,13 @@ def parse_args(argv=None):
     trained = perft.read_run(Path(given["adapter"])) if "adapter" in given else {}
     task = trained.get("task")
     if task not in (None, *SKILLS):
-        file = Path(given["adapter"]) / "config.json"
-        raise ValueError(f"{file}: task is {run.shown(task)}, expected one of {', '.join(SKILLS)}")
+        raise ValueError(f"{given['adapter']}/config.json: task is {run.shown(task)}, no skill")
     values |= {name: trained[name] for name in ("base", "dtype") if trained.get(name)}
     if trained.get("template") in TEMPLATES:
         values["template"] = trained["template"]
     values |= given
 
-    prompt = "prompt" in given or "chat" in given
+    prompt = not {"prompt", "chat"}.isdisjoint(given)
     sets = not {*GROUPS, *TASKS}.isdisjoint(values["tasks"])
     generate = sets and values["method"] == "generate"
     texts = values["choices"] == "texts"
@@ -739,15 +751,6 @@ def parse_args(argv=None):
 @run.command
 def main(argv=None):
     args = parse_args(argv)
-    if "method" not in args:
-        return evaluate(args, None)
-    home = args.adapter or f"out/{Path(args.base).name}"
-    out = Path(args.out or f"{home}/eval_{args.method}")
-    with run.locked(out):
-        evaluate(args, out)
-
-
-def evaluate(args, out):
     config, tokenizer = load_config(args.base)
     embedded = is_embedded(args.base)
     knows_world = embedded and not args.trained.get("data")
@@ -758,25 +761,13 @@ def evaluate(args, out):
         )
     if args.threads or embedded:
         torch.set_num_threads(args.threads or 1)
-    # What can be found wrong is found before the weights are read.
-    if args.adapter:
+    if args.adapter:  # what can be found wrong is found before the weights are read
         try_trained(args.base, config, args.adapter)
     if "method" in args:
-        sets = read_test_sets(args)
-        settings = {name: vars(args)[name] for name in SETTINGS if name in args}
-        print("evaluation:", *(f"{name}={value}" for name, value in settings.items()))
-        folders = filter(None, (args.base, args.adapter))
-        settings["weights"] = [weights_identity(folder) for folder in folders]
-        predictions = open_predictions(out, settings, args.overwrite)
-    model = load_model(args.base, config, args.dtype, args.device)
-    if args.adapter:
-        load_trained(model, args.adapter)
-
-    if "prompt" in args:
-        return answer_prompt(args, model, tokenizer)
-    measure_skills(args, model, tokenizer)
-    if "method" in args:
-        evaluate_sets(Answerer(model, tokenizer, args), sets, settings, out, predictions)
+        measure_sets(args, config, tokenizer)
+    else:
+        answer = answer_prompt if "prompt" in args else measure_skills
+        answer(args, load_asked(args, config), tokenizer)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import decode, hub
 from data import shard as processes  # the model over several of them; alone it does nothing
-from moe import Experts, MoE, Routing
+from moe import MoE, Routing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what a base may be loaded in
 EMBEDDED = Path(__file__).resolve().parent / "data" / "tiny_olmoe"  # the model that is always there
@@ -226,12 +226,12 @@ def visible_keys(start, end, attention_mask, device):
 
     attention_mask (B, end) or None -> bool (B or 1, 1, T, S)
     """
-    keys, queries = torch.arange(end, device=device), torch.arange(start, end, device=device)
-    causal = keys[None, :] <= queries[:, None]  # (T, S)
+    # row i is of the query start + i, which sees the keys j <= start + i
+    causal = torch.ones(end - start, end, dtype=torch.bool, device=device).tril(start)  # (T, S)
     if attention_mask is None:
         return causal[None, None]
-    itself = keys[None, :] == queries[:, None]
     # every token sees itself: a softmax over nothing, in a row of padding, would be NaN
+    itself = causal.triu(start)
     return causal & (attention_mask.bool()[:, None, None, :] | itself)
 
 
@@ -263,24 +263,18 @@ def chunk_loss(x, weight, labels):
     return F.cross_entropy(logits.to(precise), labels, reduction="sum")
 
 
-class Targets(NamedTuple):
-    """Only positions with a label are worth logits."""
-
-    position: torch.Tensor  # (n,) in the N = B*T tokens: those that predict a label
-    label: torch.Tensor  # (n,) the token id that follows there
-
-
-def find_targets(labels, device) -> Targets:
-    """labels (B, T), -100 where there is none -> Targets on `device`.
+def find_targets(labels, device):
+    """labels (B, T), -100 where there is none -> on `device` the positions in the N = B*T tokens
+    that predict a label, and these labels, (n,) each: no other position is worth logits.
 
     How many there are decides shapes, so a search on the GPU would make the CPU wait for it.
     Labels that stay on the CPU are searched there, and the result is sent without waiting.
     """
     following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # position t predicts token t+1
-    position = (following != -100).nonzero()[:, 0]
-    targets = Targets(position, following[position])
-    if device.type == "cuda" and labels.device.type == "cpu":
-        targets = Targets(*(t.pin_memory().to(device, non_blocking=True) for t in targets))
+    positions = (following != -100).nonzero()[:, 0]
+    targets = positions, following[positions]
+    if device.type == "cuda" and labels.is_cpu:
+        return [t.pin_memory().to(device, non_blocking=True) for t in targets]
     return targets
 
 
@@ -365,8 +359,9 @@ class MoETransformer(nn.Module):
 
         if targets is None:
             return Output(self.lm_head(x[:, -1:] if last_only else x), routings)
-        rows = x.flatten(0, 1).index_select(0, targets.position)  # (n, D)
-        loss = summed_cross_entropy(rows, self.lm_head.weight, targets.label)
+        positions, followers = targets
+        rows = x.flatten(0, 1).index_select(0, positions)  # (n, D)
+        loss = summed_cross_entropy(rows, self.lm_head.weight, followers)
         return Output(None, routings, loss / (len(rows) if loss_divisor is None else loss_divisor))
 
     def check_input(self, input_ids, length):
@@ -408,7 +403,7 @@ class MoETransformer(nn.Module):
         FileNotFoundError or ValueError, in one line, for a folder that cannot be used.
         """
         config = Config.from_folder(folder)
-        weights = hub.Checkpoint(folder)
+        weights = hub.Tensors(folder)
         weights.check_sizes(config)  # before a wrong number is believed, and memory taken
         with torch.device("meta"):
             model = cls(config)
@@ -433,15 +428,14 @@ class MoETransformer(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None):
         """Write config.json and model.safetensors, in `dtype` (None: as it is in memory).
 
-        ValueError if something was attached to the model: its parts have no name in such a folder.
+        ValueError if a parameter was attached to the model: it has no name in such a folder.
         """
-        for block in self.layers:
-            parts = (block.moe, block.moe.experts, block.self_attn.q_proj)
-            if [type(part) for part in parts] != [MoE, Experts, nn.Linear]:
-                raise ValueError(
-                    "the model carries adapters or chosen experts: use perft.save_adapter or "
-                    "esft.export"
-                )
+        placed = {place.parameter for place in hub.places(self).values()}
+        if placed != set(self.parameters()):
+            raise ValueError(
+                "the model carries adapters or chosen experts: use perft.save_adapter or "
+                "esft.export"
+            )
         hub.write_model(folder, self, dtype or self.norm.weight.dtype)
 
     def generate(
@@ -459,18 +453,15 @@ class MoETransformer(nn.Module):
         temperature: 0 is greedy. top_p < 1: draw from the fewest tokens that hold this mass.
         num_beams > 1: beam search, by transformers' rules (decode.beam_search).
         """
-        prompts = prompts.tolist() if torch.is_tensor(prompts) else [list(p) for p in prompts]
+        if torch.is_tensor(prompts):
+            prompts = prompts.tolist()
         if not prompts or not all(prompts):
             raise ValueError("generate needs at least one prompt, and at least one token in each")
-        if num_beams < 1 or temperature < 0 or not 0 < top_p <= 1:
+        beams_draw = temperature > 0 and num_beams > 1
+        if num_beams < 1 or temperature < 0 or not 0 < top_p <= 1 or beams_draw:
             raise ValueError(
-                f"num_beams {num_beams} must be at least 1, temperature {temperature} at least 0, "
-                f"top_p {top_p} above 0 and at most 1"
-            )
-        if num_beams > 1 and temperature > 0:
-            raise ValueError(
-                f"num_beams {num_beams}, temperature {temperature}: beam search does not draw; "
-                "choose one"
+                f"num_beams {num_beams} must be at least 1, top_p {top_p} above 0 and at most 1, "
+                f"temperature {temperature} at least 0, and 0 with beams, which draw nothing"
             )
         if max_new_tokens < 1:
             return [[] for _ in prompts]
@@ -503,11 +494,9 @@ def main(argv=None):
     parser = run.Parser(description="What is in a model folder.")
     parser.add_argument("folder", nargs="?", default=EMBEDDED, help="(data/tiny_olmoe)")
     config = Config.from_folder(parser.parse_args(argv).folder)
-    with torch.device("meta"):
-        tensors = len(hub.places(MoETransformer(config)))
     print(json.dumps(config.to_dict(), indent=2))
     total, active = parameter_count(config), active_parameters(config)
-    print(f"{tensors} tensors, {total:,} parameters, {active:,} active for a token")
+    print(f"{total:,} parameters, {active:,} active for a token")
 
 
 if __name__ == "__main__":

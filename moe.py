@@ -64,7 +64,8 @@ class Router(nn.Module):
         """x (N, D) -> Routing."""
         # .to: a router that trains is float32
         router_logits = F.linear(x, self.weight.to(x.dtype))  # (N, E)
-        # then float32, as in transformers: small differences decide the choice
+        # as in transformers the product is in the model's dtype, and what follows in float32, so
+        # that the softmax makes no further ties
         probs = F.softmax(router_logits, dim=-1, dtype=torch.float32)  # (N, E)
         routing_weights, selected_experts = probs.topk(self.top_k, dim=-1)  # (N, K)
         if self.norm_topk_prob:
@@ -168,13 +169,16 @@ def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Te
     a (p, R), b (R, q) -> (E, p, q): the columns of group e times the rows of group e.
     """
     of_weight = b.dim() == 2
+    # F.grouped_mm wants rows of whole 16 bytes, and either side may come transposed
     widths = (a.shape[0], b.shape[1]) if of_weight else b.shape[1:]
     aligned = all(width * a.element_size() % 16 == 0 for width in widths)
     if aligned and a.dtype != torch.float64 and a.numel() > 0:
         return F.grouped_mm(a, b, offs=ends)
     ends = ends.tolist()
-    parts = zip(a.tensor_split(ends, dim=int(of_weight)), b.tensor_split(ends) if of_weight else b)
-    products = [m.double() @ n.double() for (m, n), _ in zip(parts, ends)]
+    a_parts = a.tensor_split(ends, dim=int(of_weight))
+    b_parts = b.tensor_split(ends) if of_weight else b
+    # zip with ends: what is behind the last one is not asked for (esft.py wants the first groups)
+    products = [m.double() @ n.double() for m, n, _ in zip(a_parts, b_parts, ends)]
     return (torch.stack if of_weight else torch.cat)(products).to(a.dtype)
 
 
@@ -193,9 +197,9 @@ def packed(grad):
 class GroupedProduct(torch.autograd.Function):
     """rows (R, in), weight (E, out, in), ends (E,) -> (R, out): rows of group e times weight[e]^T.
 
-    Written by hand for what it does not do: it keeps the rows only if the weight trains (a frozen
-    expert needs its weight alone to pass the gradient on), and it never hands `grouped_mm` a
-    gradient with stride 0, which it rejects.
+    Written by hand, because autograd would keep the rows of frozen experts too, which need their
+    weight alone to pass the gradient on; and would hand `grouped_mm` a gradient with stride 0,
+    which it rejects.
     """
 
     @staticmethod
@@ -325,19 +329,17 @@ def main():
 
     print(f"{N} tokens, {E} experts, {K} a token: choices that fell on each (even: {N * K // E})")
     print(" ", *expert_counts(routing).tolist())
-    kept = routing.routing_weights.sum(-1).mean()
-    print(f"the {K} kept weights of a token sum to {kept:.2f} on average (norm_topk_prob: to 1)")
     balance = load_balancing_loss(routing)
     print(f"balance loss {balance:.3f}   (1 = even, {E // K} = {K} experts take every token)")
 
-    outputs = {}
+    outputs = []
     for path in ("loop", "grouped"):
         experts.path = path
-        outputs[path] = experts(x, routing)
+        outputs.append(experts(x, routing))
         times = timeit.repeat(lambda: experts(x, routing).sum().backward(), number=1, repeat=5)
         print(f"experts_{path:8} {1e3 * min(times):6.1f} ms forward + backward (best of 5)")
-    gap = (outputs["loop"] - outputs["grouped"]).abs().max()
-    print(f"largest difference of their outputs: {gap:.1e}")
+    loop, grouped = outputs
+    print(f"largest difference of their outputs: {(loop - grouped).abs().max():.1e}")
 
 
 if __name__ == "__main__":

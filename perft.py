@@ -47,9 +47,9 @@ Three facts, never silent here:
      adapter_weights="own" is the paper, "base" that code.
   2. With top_k = 1 and a base that renormalises (Mixtral), the one weight is x / x = 1: again
      nothing to learn from. Warned.
-  3. init="paper": A ~ N(0, 2/r), B ~ 1e-6 N(0, 1), router ~ N(0, 0.02^2); init="lora":
-     Kaiming-uniform A, B = 0, with which every variant is the base model bit for bit. The two want
-     different learning rates.
+  3. init="paper": A ~ N(0, 2/r), B ~ 1e-6 N(0, 1); init="lora": Kaiming-uniform A, B = 0, with
+     which every variant is the base model bit for bit. The two want different learning rates.
+     (R's own router ~ N(0, 0.02^2) with both.)
 
 Against the authors' code: its adapters draw a dropout mask each, here they share one. Left out: E
 with S, D or R.
@@ -66,8 +66,10 @@ num_hidden_layers, hidden_size, num_experts, num_experts_per_tok and norm_topk_p
                            a LoRA that train.py or PEFT saved, in its base, as a Hugging Face folder
 """
 
+import json
 import math
 import re
+import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -102,11 +104,15 @@ LORA = {  # and what PEFT calls the weights that change
     },
 }
 BASELINES = (*LORA, "router", "frozen_experts", "full")
+NUMBERS = range(1, 65_537)
 CHOICES = {
     "variant": PERFT + BASELINES,
     "kind": ("lora", "parallel"),
     "init": ("paper", "lora"),
     "adapter_weights": ("own", "base"),
+    "rank": NUMBERS,
+    "num_adapters": NUMBERS,
+    "top_k": NUMBERS,
 }
 # Options that most variants do not have. (PEFT's layout, which LoRA has, has no place for routers.)
 OF_SOME = {
@@ -139,20 +145,17 @@ class PerftConfig:
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                self.refuse(name, f"choose from {', '.join(allowed)}")
-        for name in ("rank", "num_adapters", "top_k"):
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= 2**16:
-                self.refuse(name, "it must be a whole number from 1 to 65,536")
-        if self.variant in LORA:
-            self.init = "lora"
+            if type(value) not in (int, str) or value not in allowed:
+                self.refuse(name, f"it must be in {allowed}")
         if self.alpha is None:
             self.alpha = 2.0 * self.rank
-        for name, end in (("dropout", 1), ("alpha", 1e300)):
+        for name, end in (("alpha", 1e300), ("dropout", 1)):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < end:
                 self.refuse(name, f"it must be a number from 0, less than {end}")
+        if self.variant in LORA:
+            self.init = "lora"
         if self.top_k > self.num_adapters and self.variant == "perft_r":
             self.refuse("top_k", f"there are {self.num_adapters} adapters to choose from; lower it")
         for name, variants in OF_SOME.items():
@@ -170,21 +173,17 @@ class PerftConfig:
         if self.experts is not None:
             check_experts(self.experts, base)
 
-    def experts_of(self, layer):
-        """Those of a layer that get an adapter; None: all."""
-        return self.experts and self.experts[layer]
 
-
-def check_experts(chosen, base):
+def check_experts(chosen, base, place="experts"):
     """ValueError unless `chosen` has a list of different expert ids of `base` for each layer."""
     L, E = base.num_hidden_layers, base.num_experts
-    if not isinstance(chosen, list) or len(chosen) != L:
-        raise ValueError(f"experts are not given for each of the model's {L} layers")
+    if type(chosen) is not list or len(chosen) != L:
+        raise ValueError(f"{place}: not given for each of the model's {L} layers")
     for i, ids in enumerate(chosen):
-        is_list = isinstance(ids, list) and all(type(e) is int for e in ids)
+        is_list = type(ids) is list and all(type(e) is int for e in ids)
         if not is_list or not 0 < len(ids) == len(set(ids).intersection(range(E))):
-            text = str(ids)[:100]
-            raise ValueError(f"layer {i}: {text} is no list of different experts from 0..{E - 1}")
+            text = f"{str(ids)[:100]} is no list of different experts from 0..{E - 1}"
+            raise ValueError(f"{place}: layer {i}: {text}")
 
 
 # PERFT -------------------------------------------------------------------------------------------
@@ -193,19 +192,20 @@ def check_experts(chosen, base):
 class Pair(nn.Module):
     """A (r, in) and B (out, r), or stacks of them, float32: in -> r -> out.
 
-    Row j of a stack is that of expert `experts[j]` of a layer (None: of expert j).
+    Row j of a stack is that of expert `experts[j]` of a layer's E (None: of expert j).
     """
 
-    def __init__(self, config, A, B, experts=None):
+    def __init__(self, config, A, B, experts=None, E=None):
         """A, B: their shapes."""
         super().__init__()
         self.A = nn.Parameter(torch.empty(A, dtype=torch.float32))
         self.B = nn.Parameter(torch.empty(B, dtype=torch.float32))
+        self.E = E
         # real even if the base is on meta: no checkpoint has these ids, so nothing would fill them
         ids = None if experts is None else torch.tensor(experts, device="cpu")
         self.register_buffer("experts", ids, persistent=False)
         self.scale = config.alpha / config.rank
-        self.dropout = config.dropout
+        self.drop = nn.Dropout(config.dropout)
         if config.init == "paper":
             nn.init.normal_(self.A, std=math.sqrt(2 / config.rank))
             nn.init.normal_(self.B, std=1e-6)
@@ -215,23 +215,20 @@ class Pair(nn.Module):
             nn.init.uniform_(self.A, -bound, bound)
             nn.init.zeros_(self.B)
 
-    def drop(self, x):
-        return F.dropout(x, self.dropout, self.training)
-
-    def of_experts(self, E, dtype):
+    def of_experts(self, dtype):
         """A and B of all experts, for rows that are sorted by expert; of a rank that F.grouped_mm
         takes in any dtype."""
         pad = (-self.A.shape[1]) % 8
         A = F.pad(self.A.to(dtype), (0, 0, 0, pad))
         B = F.pad(self.B.to(dtype), (0, pad))
-        return spread(A, self.experts, E), spread(B, self.experts, E)
+        return self.spread(A), self.spread(B)
 
-
-def spread(stack, experts, E):
-    """A stack of some experts -> of all, zeros for the others; or of one for all, repeated."""
-    if experts is None or len(stack) < len(experts):
-        return stack.expand(E, -1, -1).contiguous()
-    return stack.new_zeros(E, *stack.shape[1:]).index_copy(0, experts, stack)
+    def spread(self, stack):
+        """A stack of some experts -> of all, zeros for the others; or of one for all, repeated."""
+        if self.experts is None or len(stack) < len(self.experts):
+            return stack.expand(self.E, -1, -1).contiguous()
+        ids = self.experts.to(stack.device)
+        return stack.new_zeros(self.E, *stack.shape[1:]).index_copy(0, ids, stack)
 
 
 class PerftRouting(NamedTuple):
@@ -247,11 +244,11 @@ class Adapters(Pair):
     """M adapters of one layer: A (M, r, D), B (M, D, r); for PERFT-R a router (M, D)."""
 
     def __init__(self, config, base, layer):
-        experts = config.experts_of(layer)
+        experts = config.experts and config.experts[layer]  # None: all
         r, D, E = config.rank, base.hidden_size, base.num_experts
         counts = {"perft_s": 1, "perft_e": len(experts or range(E))}
         M = counts.get(config.variant, config.num_adapters)
-        super().__init__(config, (M, r, D), (M, D, r), experts)
+        super().__init__(config, (M, r, D), (M, D, r), experts, E)
         self.kind = config.kind
         self.router = None
         if config.variant == "perft_r":
@@ -276,9 +273,8 @@ class Adapters(Pair):
 
         x (N, D), routing of the experts -> (N, D)
         """
-        E = routing.router_logits.shape[-1]
-        A, B = self.of_experts(E, x.dtype)
-        order = sort_by_expert(routing.selected_experts, E)
+        A, B = self.of_experts(x.dtype)
+        order = sort_by_expert(routing.selected_experts, self.E)
         hidden = self.after_A(GatheredProduct.apply(self.before_A(x), A, order))  # (R, r)
         hidden = hidden * weight_of_rows(routing, order)
         return Combine.apply(GroupedProduct.apply(hidden, B, order.ends), order)
@@ -364,7 +360,7 @@ class LoraLinear(Pair):
         return F.linear(x, self.weight) + delta * self.scale
 
     def merged(self):
-        fold(self.weight, self.A, self.B, self.scale)
+        self.weight += self.B @ self.A * self.scale
         plain = nn.Linear(*self.weight.shape[::-1], bias=False, device="meta")
         plain.weight = self.weight
         return plain
@@ -378,24 +374,24 @@ class LoraExperts(nn.Module):
         super().__init__()
         self.gate_up_proj, self.down_proj = base.gate_up_proj, base.down_proj  # they keep names
         E, D, F_ = base.down_proj.shape
-        ids, r = config.experts_of(layer), config.rank
-        n = len(ids or range(E))
+        ids = config.experts and config.experts[layer]  # None: all
+        n, r = len(ids or range(E)), config.rank
         outer = 1 if config.shared_outer else n
-        self.gate_up_lora = Pair(config, (outer, r, D), (n, 2 * F_, r), ids)
-        self.down_lora = Pair(config, (n, r, F_), (outer, D, r), ids)
+        self.gate_up_lora = Pair(config, (outer, r, D), (n, 2 * F_, r), ids, E)
+        self.down_lora = Pair(config, (n, r, F_), (outer, D, r), ids, E)
 
     def forward(self, x, routing):
         """x (N, D), Routing -> y (N, D): moe.experts_grouped, and what LoRA adds to its products"""
-        E, lora = len(self.down_proj), self.gate_up_lora
-        order = sort_by_expert(routing.selected_experts, E)
-        A, B = lora.of_experts(E, x.dtype)
+        lora = self.gate_up_lora
+        order = sort_by_expert(routing.selected_experts, lora.E)
+        A, B = lora.of_experts(x.dtype)
         hidden = GatheredProduct.apply(lora.drop(x), A, order) * lora.scale  # (R, r)
         rows = GroupedProduct.apply(Dispatch.apply(x, order), self.gate_up_proj, order.ends)
         gate, up = (rows + GroupedProduct.apply(hidden, B, order.ends)).chunk(2, dim=-1)
         rows = F.silu(gate) * up * weight_of_rows(routing, order)  # (R, F)
 
         lora = self.down_lora
-        A, B = lora.of_experts(E, x.dtype)
+        A, B = lora.of_experts(x.dtype)
         hidden = GroupedProduct.apply(lora.drop(rows), A, order.ends) * lora.scale  # (R, r)
         rows = GroupedProduct.apply(rows, self.down_proj, order.ends)
         return Combine.apply(rows + GroupedProduct.apply(hidden, B, order.ends), order)
@@ -406,16 +402,9 @@ class LoraExperts(nn.Module):
         plain.gate_up_proj, plain.down_proj = self.gate_up_proj, self.down_proj
         pairs = (plain.gate_up_proj, self.gate_up_lora), (plain.down_proj, self.down_lora)
         for stack, lora in pairs:
-            for W, A, B in zip(stack, *lora.of_experts(len(stack), torch.float32)):
-                fold(W, A, B, lora.scale)
+            for W, A, B in zip(stack, *lora.of_experts(torch.float32)):
+                W += B @ A * lora.scale
         return plain
-
-
-@torch.no_grad()
-def fold(W, A, B, scale):
-    """W += B A alpha/r, rounded once."""
-    precise = torch.promote_types(W.dtype, torch.float32)
-    W.copy_(W.to(precise) + (B @ A).to(precise) * scale)
 
 
 # Attaching ---------------------------------------------------------------------------------------
@@ -430,37 +419,31 @@ def apply_perft(model, variant: str, **options):
     """
     config = PerftConfig(variant, **options)
     config.check_base(model.config)
-    refuse_second(model)
-    if variant in ("full", "frozen_experts"):
-        need_float32(model, variant)
-    for name, p in model.named_parameters():
-        is_expert = ".experts." in name
-        p.requires_grad_(variant == "full" or (variant == "frozen_experts" and not is_expert))
+    others = variant in ("full", "frozen_experts")
+    train_base(model, experts=variant == "full", others=others)
     for i, block in enumerate(model.layers):
         if variant in PERFT:
             block.moe = PerftMoE(block.moe, config, model.config, i)
         if variant == "lora_experts":
             block.moe.experts = LoraExperts(block.moe.experts, config, i)
         if variant == "lora_qv":
-            for name in ("q_proj", "v_proj"):
-                setattr(block.self_attn, name, LoraLinear(getattr(block.self_attn, name), config))
+            attention = block.self_attn
+            attention.q_proj = LoraLinear(attention.q_proj, config)
+            attention.v_proj = LoraLinear(attention.v_proj, config)
         if variant == "router" or config.train_router:
             train_master(block.moe.router.weight)
     return settle(model, config)
 
 
-def refuse_second(model):
+def train_base(model, experts=False, others=False):
+    """Freeze a base's weights, but those of the experts, or all others, that are to train."""
     if hasattr(model, "adapter_config"):
         raise ValueError("the model already carries adapters; load the base again")
-
-
-def need_float32(model, what):
     dtype = model.norm.weight.dtype
-    if dtype != torch.float32:
-        raise ValueError(
-            f"{what} trains the base's own weights, and {dtype} would lose small steps; "
-            "load the base in float32"
-        )
+    if others and dtype != torch.float32:
+        raise ValueError(f"weights of {dtype} would lose small steps; load the base in float32")
+    for name, p in model.named_parameters():
+        p.requires_grad_(experts if ".experts." in name else others)
 
 
 def train_master(p):
@@ -484,15 +467,11 @@ def settle(model, config):
 
 def warnings_for(config: PerftConfig, base) -> list[str]:
     """What a user should know before training (facts 1 and 2 of the opening page)."""
-    if config.variant != "perft_r":
-        return []
-    if config.adapter_weights == "base":
+    always_one = config.top_k == 1 and (base.norm_topk_prob or config.num_adapters == 1)
+    if config.variant == "perft_r" and (config.adapter_weights == "base" or always_one):
         return [
-            "adapter_weights 'base': the adapter router chooses, but has no gradient from the task"
-        ]
-    if config.top_k == 1 and (base.norm_topk_prob or config.num_adapters == 1):
-        return [
-            "top_k 1, a weight that is always 1: the adapter router has no gradient from the task"
+            "adapter_weights 'base', or top_k 1 and a weight that is always 1: the adapter router "
+            "chooses, but has no gradient from the task"
         ]
     return []
 
@@ -509,7 +488,7 @@ class Trained(NamedTuple):
 
     module: str  # with * for the layer
     count: int
-    shape: str  # 1x16x128
+    shape: str  # 1x16x128; "" if they differ
     parameters: int
     activated: int  # of them, those that one token meets
 
@@ -529,16 +508,16 @@ def what_trains(model) -> list[Trained]:
 def summed(module, rows):
     """Several lines as one."""
     shapes = {row.shape for row in rows}
-    shape = shapes.pop() if len(shapes) == 1 else "various"
+    shape = shapes.pop() if len(shapes) == 1 else ""
     count, parameters, activated = (sum(row[i] for row in rows) for i in (1, 3, 4))
     return Trained(module, count, shape, parameters, activated)
 
 
 def share_met(model, name, p):
     """The share of a parameter that one token meets: at most K of what is stacked in it."""
-    config = getattr(model, "adapter_config", None)
     K, met = model.config.num_experts_per_tok, len(p)
     if name.endswith((".adapters.A", ".adapters.B")):
+        config = model.adapter_config
         met = {"perft_r": config.top_k, "perft_e": K}.get(config.variant, met)
     elif ".experts." in name:
         met = K
@@ -570,6 +549,14 @@ def report(model) -> str:
 # table, saving and loading need of model.py and data/ is imported where it is used.
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# How the names of those files begin that a model needs beside its weights.
+BESIDE_A_MODEL = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "generation_config",
+    "chat_template",
+)
 
 # Of PEFT's adapter_config.json: what is read here, of which kind, and what changes no logits. Every
 # other key may be there if it says nothing.
@@ -588,16 +575,23 @@ IDLE = """peft_type task_type auto_mapping base_model_name_or_path revision infe
 def fingerprint(base):
     """What an adapter must find again: the keys of the base's config.json that shape its logits
     (not its weights)."""
-    no_logits = ("extra", "bos_token_id", "eos_token_id", "pad_token_id")
-    no_logits += ("initializer_range", "router_aux_loss_coef")
+    no_logits = {
+        "extra",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "initializer_range",
+        "router_aux_loss_coef",
+    }
     return {name: value for name, value in asdict(base).items() if name not in no_logits}
 
 
-def check_fingerprint(theirs, base, path):
-    """ValueError naming both sides if an adapter's base was another one."""
+def check_fingerprint(path, base):
+    """ValueError naming both sides if what was saved beside this file had another base."""
     from data import run
 
-    if not isinstance(theirs, dict):
+    theirs = run.read_json(path, base=dict).get("base")
+    if theirs is None:
         raise ValueError(f"{path}: does not say for which base it was made; not written by save")
     # a key that is not known here may have shaped its logits
     changed = run.changes(theirs, dict.fromkeys(theirs) | fingerprint(base))
@@ -622,9 +616,6 @@ def save_adapter(model, folder: str | Path):
     LoRA is written in PEFT's own layout and loads there. The others carry a peft_type of their own:
     PEFT refuses it.
     """
-    from data import hub, run
-    from data import shard as processes
-
     config = config_of(model, PerftConfig)
     content = {"peft_type": "PERFT", **asdict(config), "base": fingerprint(model.config)}
     if config.variant in LORA:
@@ -638,10 +629,8 @@ def save_adapter(model, folder: str | Path):
             "lora_dropout": config.dropout if config.variant == "lora_qv" else 0.0,
             "bias": "none",
         }
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    hub.write_tensors(Path(folder) / WEIGHTS, adapter_places(model), torch.float32)
-    if processes.RANK == 0:
-        run.write_json(Path(folder) / CONFIG, content, indent=2)
+    text = json.dumps(content, indent=2)
+    write_files(Path(folder) / CONFIG, text, WEIGHTS, adapter_places(model), torch.float32)
 
 
 def load_adapter(model, folder: str | Path):
@@ -654,6 +643,17 @@ def load_adapter(model, folder: str | Path):
     options = read_options(Path(folder) / CONFIG, model.config)
     edit = partial(apply_perft, **options)
     return attach_file(model, Path(folder) / WEIGHTS, edit, adapter_places)
+
+
+def write_files(path, text, weights, places, dtype):
+    """Write what trains: the text of a JSON file, and beside it its tensors."""
+    from data import hub, run
+    from data import shard as processes
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hub.write_tensors(path.with_name(weights), places, dtype)
+    if processes.RANK == 0:
+        run.write_text(path, text + "\n")
 
 
 def attach_file(model, path, edit, places):
@@ -676,13 +676,15 @@ def read_options(path, base):
 
     content = run.read_json(path, train_router=bool, shared_outer=bool, **PEFT_KINDS)
     content = {name: value for name, value in content.items() if value is not None}
-    is_ours = "variant" in content
-    if is_ours:
-        check_fingerprint(content.get("base"), base, path)
+    if "variant" in content:
+        check_fingerprint(path, base)
+        for name, of_peft in (("alpha", "lora_alpha"), ("rank", "r")):
+            if of_peft in content and content[of_peft] != content.get(name):
+                raise ValueError(f"{path}: {name} and {of_peft}, PEFT's name for it, differ")
     try:
-        options = content if is_ours else options_of_peft(content)
-        fields = PerftConfig.__dataclass_fields__
-        options = {name: options[name] for name in fields if name in options}
+        options = content if "variant" in content else options_of_peft(content)
+        names = PerftConfig.__dataclass_fields__.keys() & options
+        options = {name: options[name] for name in names}
         PerftConfig(**options).check_base(base)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -694,13 +696,13 @@ def options_of_peft(content):
     from data import run
 
     targets = content.get("target_modules", []) + content.get("target_parameters", [])
-    changed = sorted(str(name).split(".")[-1] for name in targets)
-    variants = {"q_proj v_proj": "lora_qv", "down_proj gate_up_proj": "lora_experts"}
-    variant = variants.get(" ".join(changed))
-    if content.get("peft_type") != "LORA" or variant is None:
+    changed = " ".join(sorted(str(name).split(".")[-1] for name in targets))
+    variant = {"q_proj v_proj": "lora_qv", "down_proj gate_up_proj": "lora_experts"}.get(changed)
+    kind = content.get("peft_type")
+    if kind != "LORA" or variant is None:
         raise ValueError(
-            f"peft_type {run.shown(content.get('peft_type'))} on {run.shown(changed)}: of "
-            "PEFT's adapters, LoRA of q_proj and v_proj, or of both stacks of the experts, loads"
+            f"peft_type {run.shown(kind)} on {run.shown(changed)}: of PEFT's adapters, LoRA of "
+            "q_proj and v_proj, or of both stacks of the experts, loads"
         )
     for name in content.keys() - PEFT_KINDS.keys() - set(IDLE):
         # a LoRA that starts in another way changes the base too
@@ -719,26 +721,24 @@ class PeftPlace(NamedTuple):
     B (E, out, r) as (out, r*E). What some experts have, or all share, is written for each."""
 
     parameter: torch.Tensor
-    experts: torch.Tensor | None  # see Pair
-    E: int
+    pair: Pair
     is_B: bool
 
     @property
     def shape(self):
-        _, rows, columns = self.parameter.shape
-        return [rows, columns * self.E] if self.is_B else [self.E * rows, columns]
+        return list(self.of(torch.empty(self.parameter.shape, device="meta")).shape)
 
     def of(self, stack):
-        stack = spread(stack, self.experts, self.E)
+        stack = self.pair.spread(stack)
         return stack.permute(1, 2, 0).flatten(1) if self.is_B else stack.flatten(0, 1)
 
     def fill(self, source):
         if self.is_B:
-            stack = source.unflatten(1, (-1, self.E)).permute(2, 0, 1)
+            stack = source.unflatten(1, (-1, self.pair.E)).permute(2, 0, 1)
         else:
-            stack = source.unflatten(0, (self.E, -1))
-        if self.experts is not None:
-            stack = stack[self.experts]
+            stack = source.unflatten(0, (self.pair.E, -1))
+        if self.pair.experts is not None:
+            stack = stack[self.pair.experts]
         self.parameter.data.copy_(stack[: len(self.parameter)])
 
 
@@ -752,8 +752,7 @@ def adapter_places(model):
             continue
         place = Place(p)
         if "_lora." in name:
-            experts = model.get_submodule(name[:-2]).experts
-            place = PeftPlace(p, experts, model.config.num_experts, name.endswith("B"))
+            place = PeftPlace(p, model.get_submodule(name[:-2]), name.endswith("B"))
         if model.adapter_config.variant in LORA:
             name = name.replace("moe.experts.gate_up_lora", "mlp.experts.base_layer")
             name = name.replace("moe.experts.down_lora", "mlp.experts")
@@ -762,8 +761,10 @@ def adapter_places(model):
     return table
 
 
+@torch.no_grad()
 def merge(model):
-    """Fold LoRA into the base weights, in place: W += B A * alpha/r. What is left is a plain model.
+    """Fold LoRA into the base weights, in place: W += B A * alpha/r, of which the sum is float32,
+    and rounded once. What is left is a plain model.
 
     ValueError for every other variant: an adapter beside a non-linear expert is not a change of its
     weights.
@@ -774,11 +775,10 @@ def merge(model):
             f"{variant} cannot be merged: only LoRA ({', '.join(LORA)}) is a change of weights; "
             "what stands beside the experts, or a router of its own, is a network more"
         )
-    for block in model.layers:
-        for module in (block.moe, block.self_attn):
-            for name, part in list(module.named_children()):
-                if hasattr(part, "merged"):
-                    setattr(module, name, part.merged())
+    for module in list(model.modules()):
+        for name, part in list(module.named_children()):
+            if hasattr(part, "merged"):
+                setattr(module, name, part.merged())
     del model.adapter_config
     return model
 
@@ -798,12 +798,13 @@ def read_run(folder):
     settings = run.read_json(file, base=str, dtype=str, task=str, template=str, eval_rows=int)
     if settings.get("variant") == "scratch":
         raise ValueError(f"{folder} holds a whole model, no adapter: use --base {folder}/model")
-    base = settings.get("base") or ""
-    if len(base) > 900:  # the system's own message would be nothing but that name
-        raise ValueError(f"{file}: base is {run.shown(base)}, too long for a folder's name")
-    dtype = settings.get("dtype")
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"{file}: dtype is {run.shown(dtype)}, expected {' or '.join(DTYPES)}")
+    base, dtype = settings.get("base") or "", settings.get("dtype") or "float32"
+    # of a base with so long a name, the system's own message would be nothing but that name
+    if dtype not in DTYPES or len(base) > 900:
+        raise ValueError(
+            f"{file}: dtype is {run.shown(dtype)}, base is {run.shown(base)}; expected "
+            f"{' or '.join(DTYPES)}, and a folder"
+        )
     return settings
 
 
@@ -815,19 +816,14 @@ def check_new(folder):
 def write_folder(model, folder, base=None):
     """Write a model as a Hugging Face folder, new or empty, with the tokenizer files of the folder
     `base`."""
-    import shutil
-
     from data import hub
 
-    folder = Path(folder)
-    check_new(folder)
+    check_new(Path(folder))
     files = list(Path(base).iterdir()) if base else []  # before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = ("tokenizer", "special_tokens_map", "added_tokens", "generation_config")
-    for file in files:
-        if file.name.startswith((*beside, "chat_template")):
-            shutil.copyfile(file, folder / file.name)
     hub.write_model(folder, model, model.norm.weight.dtype)
+    for file in files:
+        if file.name.startswith(BESIDE_A_MODEL):
+            shutil.copy(file, folder)
 
 
 def script(argv, lesson, command, about, attach):
@@ -839,21 +835,22 @@ def script(argv, lesson, command, about, attach):
     from model import DTYPES, EMBEDDED, MoETransformer
 
     parser = run.Parser(description="Without arguments: the lesson of the file's first page.")
-    commands = parser.add_subparsers(dest="command", parser_class=run.Parser)
+    commands = parser.add_subparsers(dest="command")
     add = commands.add_parser(command, help=about, description=about).add_argument
-    add("run", metavar="RUN_FOLDER", type=Path, help="of train.py, or what was saved by hand")
-    add("new", metavar="NEW_FOLDER", type=Path)
-    add("base", metavar="BASE", nargs="?", help="(the run's)")
+    add("RUN_FOLDER", type=Path, help="of train.py, or what was saved by hand")
+    add("NEW_FOLDER", type=Path)
+    add("BASE", nargs="?", help="(the run's)")
     args = parser.parse_args(argv)
     if args.command is None:
         return lesson()
-    check_new(args.new)
-    settings = read_run(args.run)
-    base = args.base or settings.get("base") or EMBEDDED
+    folder, new = args.RUN_FOLDER, args.NEW_FOLDER
+    check_new(new)
+    settings = read_run(folder)
+    base = args.BASE or settings.get("base") or EMBEDDED
     dtype = DTYPES[settings.get("dtype") or "float32"]
-    model = attach(MoETransformer.from_pretrained(base, dtype), args.run)
-    write_folder(model, args.new, base)
-    print(f"wrote {args.new}: {base} with what {args.run} trained")
+    model = attach(MoETransformer.from_pretrained(base, dtype), folder)
+    write_folder(model, new, base)
+    print(f"wrote {new}: {base} with what {folder} trained")
 
 
 # The lesson --------------------------------------------------------------------------------------
@@ -866,7 +863,6 @@ OLMOE_1B_7B = {
     "intermediate_size": 1024,
     "num_hidden_layers": 16,
     "num_attention_heads": 16,
-    "num_key_value_heads": 16,
     "num_experts": 64,
     "num_experts_per_tok": 8,
 }
@@ -883,24 +879,10 @@ MIXTRAL_8X7B = {
 }
 
 
-def lesson_parameters(name, base):
-    """What each variant trains on a base of these sizes, counted on a model without memory."""
-    from model import MoETransformer, active_parameters, parameter_count
-
-    total, active = parameter_count(base), active_parameters(base)
-    print(f"\n{name}: {total:,} parameters, {active:,} active; adapters of rank 16 train")
-    for variant in (*PERFT, "lora_qv"):
-        with torch.device("meta"):
-            row = summed("all", what_trains(apply_perft(MoETransformer(base), variant)))
-        print(
-            f"  {variant:8} {row.parameters:12,} parameters ({row.parameters / total:7.3%}), "
-            f"{row.activated:11,} met by a token ({row.activated / active:7.3%})"
-        )
-
-
 def lesson():
+    """What each variant trains on three bases, counted on models without memory."""
     from data.hub import make_config
-    from model import EMBEDDED, Config
+    from model import EMBEDDED, Config, MoETransformer, active_parameters, parameter_count
 
     bases = {
         "OLMoE-1B-7B": make_config(OLMOE_1B_7B, Config),
@@ -908,12 +890,18 @@ def lesson():
         "data/tiny_olmoe": Config.from_folder(EMBEDDED),
     }
     for name, base in bases.items():
-        lesson_parameters(name, base)
+        total, active = parameter_count(base), active_parameters(base)
+        print(f"\n{name}: {total:,} parameters, {active:,} active; adapters of rank 16 train")
+        for variant in (*PERFT, "lora_qv"):
+            with torch.device("meta"):
+                row = summed(variant, what_trains(apply_perft(MoETransformer(base), variant)))
+            counts = f"{row.parameters:12,} parameters, {row.activated:11,} met by a token"
+            print(f"  {variant:8} {counts}")
 
 
 def main(argv=None):
     about = "fold a LoRA into its base's weights, and write them as a Hugging Face folder"
-    script(argv, lesson, "merge", about, lambda base, run: merge(load_adapter(base, run)))
+    script(argv, lesson, "merge", about, lambda base, folder: merge(load_adapter(base, folder)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,23 +64,15 @@ def encode_prompt(text: str, tokenizer) -> list[int]:
     return begin + tokenizer.encode(text)
 
 
-def encode(
-    turns: list[tuple[str, str]], tokenizer, train_on_inputs=False, max_length=None
-) -> Example:
+def encode(turns, tokenizer, train_on_inputs=False, max_length=None) -> Example:
     """[(prompt, answer)], one pair a turn of a conversation -> Example, an end token behind each;
     the labels are the answers with their end tokens."""
-    ids = encode_prompt("", tokenizer)
-    labelled = [train_on_inputs] * len(ids)
-    for prompt, answer in turns:
-        new, first = encode_turn(prompt, answer, tokenizer)
-        ids += [*new, tokenizer.eos_id]
-        labelled += [train_on_inputs] * first
-        labelled += [True] * (len(new) + 1 - first)
-    return Example(ids[:max_length], labelled[:max_length])
+    parts = [encode_turn(*turn, tokenizer, tokenizer.eos_id) for turn in turns]
+    return joined(parts, tokenizer, train_on_inputs, max_length)
 
 
-def encode_turn(prompt: str, answer: str, tokenizer) -> tuple[list[int], int]:
-    """The ids of both together, and which of them is the answer's first.
+def encode_turn(prompt, answer, tokenizer, end) -> Example:
+    """Both together, and an end token; labelled from the answer's first token on.
 
     Together, as they will be read, and a token that holds any byte of the answer is the answer's:
     sentencepiece would put a space before an answer alone, and a token may reach across the border.
@@ -92,12 +84,11 @@ def encode_turn(prompt: str, answer: str, tokenizer) -> tuple[list[int], int]:
     while left > 0:
         first -= 1
         left -= len(tokenizer.pieces[ids[first]])
-    return ids, first
+    ids = [*ids, end]
+    return Example(ids, [False] * first + [True] * (len(ids) - first))
 
 
-def encode_chatml(
-    messages: list[dict], tokenizer, train_on_inputs=False, max_length=None
-) -> Example:
+def encode_chatml(messages, tokenizer, train_on_inputs=False, max_length=None) -> Example:
     """Messages up to the assistant's last -> Example: <|im_start|>, the role, a newline, the
     content, <|im_end|>, and a newline between two. Labels: the assistant's contents and the
     <|im_end|> behind each. A text that spells such a token stays text.
@@ -105,17 +96,29 @@ def encode_chatml(
     Qwen3's own template also thinks, in an empty <think></think> if need be: left out.
     """
     start, end = tokenizer.chat_ids
-    newline = tokenizer.encode("\n")
+    before = [start]
+    parts = []
+    messages = list(messages)
+    while messages[-1]["role"] != "assistant":
+        messages.pop()
+    for message in messages:
+        role = message["role"]
+        ids, labelled = encode_turn(f"{role}\n", message["content"], tokenizer, end)
+        labelled = [is_label and role == "assistant" for is_label in labelled]
+        parts.append(Example([*before, *ids], [False] * len(before) + labelled))
+        before = [*tokenizer.encode("\n"), start]
+    return joined(parts, tokenizer, train_on_inputs, max_length)
+
+
+def joined(parts, tokenizer, train_on_inputs, max_length) -> Example:
+    """The parts of a row, one behind the other."""
     ids = encode_prompt("", tokenizer)
-    labelled = [train_on_inputs] * len(ids)
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    for i, message in enumerate(messages[: last + 1]):
-        learnt = train_on_inputs or message["role"] == "assistant"
-        new, first = encode_turn(f"{message['role']}\n", message["content"], tokenizer)
-        before = [*newline, start] if i else [start]
-        ids += [*before, *new, end]
-        labelled += [train_on_inputs] * (len(before) + first)
-        labelled += [learnt] * (len(new) - first + 1)
+    labelled = [False] * len(ids)
+    for part in parts:
+        ids += part.ids
+        labelled += part.labelled
+    if train_on_inputs:
+        labelled = [True] * len(ids)
     return Example(ids[:max_length], labelled[:max_length])
 
 
@@ -128,11 +131,11 @@ def size(text):
     return len(text.encode("utf-8", "surrogatepass"))
 
 
-def rendered(example: Example, tokenizer) -> str:
+def rendered(example, tokenizer):
     """A row as text, its labels between « and »: a prompt«its answer<|endoftext|>»."""
     text = ""
     pairs = zip(example.ids, example.labelled)
-    for is_label, span in itertools.groupby(pairs, key=lambda pair: bool(pair[1])):
+    for is_label, span in itertools.groupby(pairs, key=lambda pair: pair[1]):
         part = tokenizer.decode([i for i, _ in span], skip_special=False)
         text += f"«{part}»" if is_label else part
     return text
@@ -146,27 +149,20 @@ class Batch(NamedTuple):
 
 def pad_batch(examples: list[Example], pad_id: int, device) -> Batch:
     """Padding is on the right: attention is causal, so no token sees it, and needs no mask."""
-    ids, labels, real = [], [], []
-    for example in examples:
-        ids.append(torch.as_tensor(example.ids, dtype=torch.int64))
-        labels.append(ids[-1].masked_fill(~torch.as_tensor(example.labelled), -100))
-        real.append(torch.ones_like(ids[-1], dtype=torch.bool))
-    columns = (ids, pad_id), (labels, -100), (real, False)
-    return Batch(*(pad_sequence(rows, True, value).to(device) for rows, value in columns))
+    ids = [torch.as_tensor(example.ids, dtype=torch.int64) for example in examples]
+    labelled = [torch.as_tensor(example.labelled) for example in examples]
+    ids = pad_sequence(ids, batch_first=True, padding_value=-1).to(device)
+    labelled = pad_sequence(labelled, batch_first=True).to(device)
+    mask = ids >= 0
+    return Batch(ids.masked_fill(~mask, pad_id), ids.masked_fill(~labelled, -100), mask)
 
 
 class Dataset(list):
     """Examples whose ids and labels are arrays: as lists they would take ten times the memory."""
 
-    @classmethod
-    def of(cls, examples: Iterable[Example]) -> "Dataset":
-        data = cls()
+    def __init__(self, examples: Iterable[Example]):
         for ids, labelled in examples:
-            data.append(Example(np.asarray(ids, np.int32), np.asarray(labelled, bool)))
-        return data
-
-    def take(self, indices: Iterable[int]) -> "Dataset":
-        return Dataset(self[i] for i in indices)
+            self.append(Example(np.asarray(ids, np.int32), np.asarray(labelled, bool)))
 
     def lengths(self) -> list[int]:
         return [len(example.ids) for example in self]
@@ -175,31 +171,68 @@ class Dataset(list):
 # Files -------------------------------------------------------------------------------------------
 
 
-def read_text(path: Path) -> str:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such file; give --data a file, or download one: python data/prepare.py"
-        )
-    if not path.is_file():  # reading a device or a pipe may never end
-        raise ValueError(f"{path}: is a folder or a device; expected a file of records")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8; expected JSON") from None
+REMEDY = (
+    "give a file of JSON records, or get one: python data/prepare.py math "
+    "(or math_10k, math_14k, commonsense)"
+)
+ROLES = "system", "user", "assistant"
+EXPECTED = {
+    "alpaca": '{"instruction": text, "input": text (may be missing), "output": text}',
+    "messages": '{"messages": [{"role": "system", "user" or "assistant", "content": text}, ...]}',
+}
 
 
-def parse(text: str, path, lines_before: int):
-    """JSON -> its content; ValueError with the line in the file."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # JSON's own has a message and a place
-        cause = getattr(error, "msg", "nested too deeply, or a number too long")
-        line = lines_before + getattr(error, "lineno", 1)
-    problem = f"not valid JSON ({cause}); expected a record"
-    raise ValueError(f"{path}:{line}: {problem}; is the file cut off?")
+def read_rows(path: Path) -> tuple[str, list[dict]]:
+    """A file of records -> their kind, "alpaca" or "messages", and they. ValueError of one line for
+    anything else: file:line, what was found, what was expected."""
+    text = run.read_text(path, REMEDY).removeprefix("\ufeff")  # some editors begin with it
+    is_list = text.lstrip().startswith("[")
+    if is_list:
+        records = run.parse_json(text, path)
+    else:
+        lines = enumerate(text.split("\n"), 1)  # not splitlines: a text may hold U+2028
+        records = [run.parse_json(line, f"{path}:{i}") for i, line in lines if line.strip()]
+    if not records:
+        raise ValueError(f"{path}: holds no records; {REMEDY}")
+    has_messages = isinstance(records[0], dict) and "messages" in records[0]
+    kind = "messages" if has_messages else "alpaca"
+    for i, record in enumerate(records):
+        wrong = misfit(record, kind)
+        if wrong:
+            what, value = wrong
+            number = f"record {i + 1}: " if is_list else ""  # all may stand on line 1
+            found = f"{number}{what} {run.shown(value)}, expected {EXPECTED[kind]}"
+            raise ValueError(f"{path}:{line_of(text, i)}: {found}")
+    return kind, records
 
 
-def line_of(text: str, i: int) -> int:
+def misfit(record, kind):
+    """What of a record is not as expected, and its value; None if all is."""
+    if not isinstance(record, dict):
+        return "found", record
+    if kind == "messages":
+        return misfit_of_messages(record.get("messages"))
+    if not {"instruction", "output"} <= record.keys():
+        return "found", sorted(record)
+    for key in ("instruction", "input", "output"):
+        if not isinstance(record.get(key, ""), str):
+            return f"{key} is", record[key]
+    return None
+
+
+def misfit_of_messages(messages):
+    if not isinstance(messages, list):
+        return "messages is", messages
+    for message in messages:
+        fits = isinstance(message, dict) and isinstance(message.get("content"), str)
+        if not fits or message.get("role") not in ROLES:
+            return "a message is", message
+    if all(message["role"] != "assistant" for message in messages):
+        return "the assistant says nothing in", messages
+    return None
+
+
+def line_of(text, i):
     """On which line record i begins, of a text that could be parsed."""
     between = re.compile(r"[\s,]*")
     end = re.match(r"\s*\[?", text).end()
@@ -207,64 +240,6 @@ def line_of(text: str, i: int) -> int:
         begin = between.match(text, end).end()
         _, end = json.JSONDecoder().raw_decode(text, begin)
     return text.count("\n", 0, begin) + 1
-
-
-def check_alpaca(record) -> str:
-    """What is wrong with a record, as "found ..., expected ..."; "" if nothing is."""
-    expected = 'expected {"instruction": text, "input": text (may be missing), "output": text}'
-    if not isinstance(record, dict) or not {"instruction", "output"} <= record.keys():
-        return f"found {outline(record)}, {expected}"
-    for key in ("instruction", "input", "output"):
-        value = record.get(key, "")
-        if not isinstance(value, str):
-            return f"{key} is {run.shown(value)}, {expected}"
-    return ""
-
-
-def check_messages(record) -> str:
-    roles = ("system", "user", "assistant")
-    expected = 'expected {"messages": [{"role": %s, "content": text}, ...]}'
-    expected %= '"system", "user" or "assistant"'
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not messages:
-        return f"found {outline(record)}, {expected}"
-    for message in messages:
-        fits = isinstance(message, dict) and isinstance(message.get("content"), str)
-        if not fits or message.get("role") not in roles:
-            return f"a message is {run.shown(message)}, {expected}"
-    if all(message["role"] != "assistant" for message in messages):
-        return "no message of the assistant: there is nothing to learn; expected at least one"
-    return ""
-
-
-def outline(record):
-    return run.shown(sorted(record) if isinstance(record, dict) else record)
-
-
-def read_rows(path: str | Path) -> tuple[str, list[dict]]:
-    """A file of records -> their kind, "alpaca" or "messages", and they. ValueError of one line for
-    anything else: file:line, what was found, what was expected."""
-    text = read_text(Path(path))
-    is_list = text.lstrip().startswith("[")
-    if is_list:
-        records = parse(text, path, 0)
-    else:
-        lines = enumerate(text.split("\n"))  # not splitlines: a text may hold U+2028
-        records = [parse(line, path, i) for i, line in lines if line.strip()]
-    if not records:
-        raise ValueError(
-            f"{path}: holds no records; expected alpaca or messages records, "
-            "as a JSON list or JSON lines"
-        )
-    first = records[0]
-    has_messages = isinstance(first, dict) and "messages" in first
-    kind, check = ("messages", check_messages) if has_messages else ("alpaca", check_alpaca)
-    for i, record in enumerate(records):
-        wrong = check(record)
-        if wrong:
-            number = f"record {i + 1}: " if is_list else ""  # all may stand on line 1
-            raise ValueError(f"{path}:{line_of(text, i)}: {number}{wrong}")
-    return kind, records
 
 
 def encode_row(row: dict, template: str, tokenizer, *options) -> Example:
@@ -283,7 +258,7 @@ def ends(tokenizer) -> list[int]:
     return [tokenizer.eos_id, *(tokenizer.chat_ids or ())[1:]]
 
 
-def split(n: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
+def split(n, held_out, seed):
     """n rows -> which train, which are held out, as `datasets.Dataset.train_test_split` chooses."""
     order = np.random.default_rng(seed).permutation(n).tolist()
     return order[held_out:], order[:held_out]
@@ -292,23 +267,25 @@ def split(n: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
 # Batches -----------------------------------------------------------------------------------------
 
 
-def epoch_batches(lengths: list[int], batch_size: int, seed: str, window=16) -> list[list[int]]:
+def epoch_batches(lengths: list[int], batch_size: int, seed: str) -> list[list[int]]:
     """One epoch: the indices of every row once, in batches, the last of them perhaps smaller.
 
-    Rows are shuffled; each `window` batches' worth of them is sorted by length, which leaves little
-    padding and still mixes (window 0: nothing is sorted); the batches are shuffled. They depend on
-    the seed alone, not on how many processes there are: each takes its share of the same batch.
+    Rows are shuffled; each 16 batches' worth of them is sorted by length, which leaves little
+    padding and still mixes (rows of one length stay as they are); the batches are shuffled. They
+    depend on the seed alone, not on how many processes there are: each takes its share of the same
+    batch.
     """
     rng = random.Random(seed)
     order = rng.sample(range(len(lengths)), len(lengths))
-    step = window * batch_size or 1
+    step = 16 * batch_size
+    rows = []
     for i in range(0, len(order), step):
-        order[i : i + step] = sorted(order[i : i + step], key=lengths.__getitem__)
-    cuts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        rows += sorted(order[i : i + step], key=lengths.__getitem__)
+    cuts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     return rng.sample(cuts, len(cuts))
 
 
-def padding_share(lengths: list[int], cuts: list[list[int]]) -> float:
+def padding_share(lengths, cuts):
     """The part of the batches' positions that is padding."""
     positions = 0
     for cut in cuts:
@@ -328,7 +305,7 @@ class Data(NamedTuple):
     steps_per_epoch: int = 16  # scratch: with so many batches of new rows
     template: str | None = None  # of --data, as all that follows
     max_length: int | None = None
-    notes: tuple[str, ...] = ()  # for the screen
+    notes: Sequence[str] = ()  # for the screen
     sha256: str | None = None  # of the file
 
 
@@ -340,36 +317,26 @@ def load_data(args, tokenizer, positions: int) -> Data:
     if args.data:
         return load_file(args, tokenizer, positions)
     rows = skills.sample(args.task, "train", args.train_rows, args.seed)
-    train = Dataset.of(encode_rows(rows, tokenizer, args.train_on_inputs))
+    train = Dataset(encode_rows(rows, tokenizer, args.train_on_inputs))
     steps_per_epoch = -(-len(train) // args.batch_size)
     return Data(train, steps=args.steps, steps_per_epoch=steps_per_epoch)
 
 
-def find_file(name: str) -> Path:
-    path = NAMED.get(name, Path(name))
-    if name in NAMED and not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such file; download it with: python data/prepare.py {name}"
-        )
-    return path
-
-
 def load_file(args, tokenizer, positions: int) -> Data:
-    path = find_file(args.data)
+    path = NAMED.get(args.data, Path(args.data))
     kind, rows = read_rows(path)
     if kind == "messages" and args.template:
-        form = f"--template {args.template} does not apply"
-        raise ValueError(f"{path}: holds messages, which have one form; {form}")
+        raise ValueError(f"{path}: holds messages, which have one form; drop --template")
     template = "chat" if kind == "messages" else args.template or "papers"
     max_length = min(args.max_length, positions)
 
     bar = tqdm(rows, desc="tokenising", unit=" rows", disable=None, leave=False)
     options = template, tokenizer, args.train_on_inputs, max_length
-    whole = Dataset.of(encode_row(row, *options) for row in bar)
+    whole = Dataset(encode_row(row, *options) for row in bar)
     kept, out = split(len(rows), args.held_out, SPLIT_SEED)
-    train = whole.take(i for i in kept if whole[i].trains)
-    held_out = whole.take(i for i in out if whole[i].trains)
-    dropped = sum(not example.trains for example in whole)
+    train = Dataset(whole[i] for i in kept if whole[i].trains)
+    held_out = Dataset(whole[i] for i in out if whole[i].trains)
+    dropped = len(whole) - len(train) - len(held_out)
     if not train:
         raise ValueError(
             f"{path}: of {len(rows)} rows none is left to train on: {args.held_out} are held out, "
@@ -395,19 +362,19 @@ def load_file(args, tokenizer, positions: int) -> Data:
         steps_per_epoch=len(cuts),
         template=template,
         max_length=max_length,
-        notes=tuple(notes),
+        notes=notes,
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
     )
 
 
-def describe(train: Dataset, cuts, tokenizer) -> list[str]:
+def describe(train, cuts, tokenizer):
     """What the rows amount to, for the screen."""
-    tokens = sum(train.lengths())
-    labels = sum(int(example.labelled.sum()) for example in train)
-    padding = padding_share(train.lengths(), cuts)
+    lengths = train.lengths()
+    tokens = sum(lengths)
+    labels = sum(example.labelled.sum() for example in train)
     notes = [
-        f"      {tokens:,} tokens, {100 * labels / tokens:.1f} % of them labels; batches hold "
-        f"{100 * padding:.1f} % padding; {len(cuts):,} steps are an epoch",
+        f"      {tokens:,} tokens, {labels / tokens:.1%} of them labels; batches hold "
+        f"{padding_share(lengths, cuts):.1%} padding; {len(cuts):,} steps are an epoch",
         f"      how a row ends, labels in «»: {rendered(train[0], tokenizer)[-200:]!r}",
     ]
     if all(example.ids[example.labelled][0] in ends(tokenizer) for example in train):
@@ -418,16 +385,16 @@ def describe(train: Dataset, cuts, tokenizer) -> list[str]:
 def batches(args, data: Data, tokenizer, start: int) -> Iterator[Batch]:
     """The batches from step `start` on, for ever, on the CPU.
 
-    An epoch is every row once, see `epoch_batches`. Pre-training is not sorted by length (nor
-    repeated: its epoch is 16 batches of new rows): like length is like family there, and the
-    balance loss would spread each family over all experts.
+    An epoch is every row once, see `epoch_batches`. Pre-training is not sorted by length, as if all
+    had the same (nor repeated: its epoch is 16 batches of new rows): like length is like family
+    there, and the balance loss would spread each family over all experts.
     """
     for epoch in itertools.count(start // data.steps_per_epoch):
         seed = f"{args.seed} {epoch}"
         if data.train is None:
             rows = skills.mixture(data.steps_per_epoch * args.batch_size, seed)
             examples = encode_rows(rows, tokenizer, args.train_on_inputs)
-            cuts = epoch_batches([0] * len(rows), args.batch_size, seed, window=0)
+            cuts = epoch_batches([0] * len(rows), args.batch_size, seed)
         else:
             examples = data.train
             cuts = epoch_batches(examples.lengths(), args.batch_size, seed)

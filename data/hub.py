@@ -104,10 +104,10 @@ def read_config(folder: str | Path, kind: type):
     folder = Path(folder)
     path = folder / "config.json"
     if not folder.is_dir():
-        is_repo = str(folder).count("/") == 1
+        name = folder if str(folder).count("/") == 1 else "owner/model"
         raise FileNotFoundError(
             f"{folder}: no such folder; give one with config.json and model.safetensors, or bring "
-            f"a model: python data/prepare.py {folder if is_repo else 'owner/model'}"
+            f"a model: python data/prepare.py {name}"
         )
     cached = sorted(folder.glob("snapshots/*/config.json"))
     if cached and not path.exists():
@@ -124,8 +124,7 @@ def make_config(raw: dict, kind: type):
     keys = one_spelling(raw)
     spelled = FAMILIES[keys["model_type"]].spelled
     known = {}
-    *fields, extra = dataclasses.fields(kind)
-    for f in fields:
+    for f in dataclasses.fields(kind)[:-1]:  # the last, extra, is for the keys left over
         key = spelled.get(f.name, f.name)
         value = keys.pop(key, None)
         if value is None and f.default is not dataclasses.MISSING:
@@ -157,18 +156,20 @@ def one_spelling(raw):
             raise ValueError(
                 f"{key} {run.shown(keys[key])} is not supported; only {run.shown(neutral)} is"
             )
-    rope = keys.pop("rope_parameters", None) or {}
-    rope_type = isinstance(rope, dict) and (rope.get("rope_type") or rope.get("type"))
-    if rope_type not in (None, "default"):
-        raise ValueError(
-            f"rope_parameters {run.shown(rope)} is not supported; only rope_type default is"
-        )
-    if keys.get("rope_theta") is None:
-        keys["rope_theta"] = rope.get("rope_theta")
-    if family != "mixtral" and "num_local_experts" in keys:  # whatever transformers 5 wrote
-        keys["num_experts"] = keys.pop("num_local_experts")
+    match keys.pop("rope_parameters", None):  # transformers 5 has rope_theta in there
+        case {"rope_theta": theta, **more} if more in ({}, {"rope_type": "default"}):
+            keys["rope_theta"] = theta
+        case None:
+            pass
+        case other:
+            raise ValueError(
+                f"rope_parameters {run.shown(other)} is not supported; only a rope_theta with "
+                "rope_type default is"
+            )
     if family == "mixtral":
         keys["norm_topk_prob"] = True  # not a key of its config: always so
+    elif "num_local_experts" in keys:  # transformers 5 may call it so
+        keys["num_experts"] = keys.pop("num_local_experts")
     for key, value in FAMILIES[family].assumed.items():
         if keys.get(key) is None:
             keys[key] = value
@@ -177,7 +178,7 @@ def one_spelling(raw):
 
 def config_keys(config) -> dict:
     """The content of a config.json in the hub's spelling, which transformers of any age reads."""
-    keys = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    keys = dict(vars(config))
     extra = keys.pop("extra")
     family = FAMILIES[config.model_type]
     keys = {family.spelled.get(name, name): value for name, value in keys.items()}
@@ -235,17 +236,6 @@ class Stack(NamedTuple):
 # The names of a layer's MoE and of each expert's three matrices.
 MOE_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj")
 MIXTRAL_NAMES = ("block_sparse_moe", "w1", "w3", "w2")
-# What a layer has beside its MoE; queries and keys have norms in some families only.
-ATTENTION_HALF = (
-    "input_layernorm.weight",
-    "self_attn.q_proj.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",
-    "self_attn.o_proj.weight",
-    "self_attn.q_norm.weight",
-    "self_attn.k_norm.weight",
-    "post_attention_layernorm.weight",
-)
 
 
 def places(model, fused=False) -> dict:
@@ -266,7 +256,7 @@ def places(model, fused=False) -> dict:
     for i, block in enumerate(model.layers):
         layer = f"model.layers.{i}"
         for name, p in block.named_parameters():
-            if name in ATTENTION_HALF:
+            if name.endswith(".weight") and not name.startswith("moe."):  # a LoRA has A and B
                 table[f"{layer}.{name}"] = Place(p)
         table[f"{layer}.{moe}.gate.weight"] = Place(block.moe.router.weight)
         gate_ups, downs = expert_places(block.moe.experts, model.config.num_experts)
@@ -321,48 +311,51 @@ class SafetensorsFile(dict):
             self.fail("the header is not a JSON object; the file is corrupt, or of another kind")
         entries.pop("__metadata__", None)
 
-        start, end = 8 + length, 0
-        for begin, after, name in sorted(self.span(*entry) for entry in entries.items()):
-            if begin != end:  # they lie one behind another
+        start, last = 8 + length, 0
+        stored = sorted(self.read_entry(*entry) for entry in entries.items())
+        for begin, end, name, *_ in stored:
+            if begin != last:  # they lie one behind another
                 self.fail(
                     f"tensor {run.shown(name)} begins at byte {begin}, the one before it ends at "
-                    f"{end}: they overlap, or leave a gap; the file is corrupt"
+                    f"{last}: they overlap, or leave a gap; the file is corrupt"
                 )
-            end = after
-        if start + end != size:
+            last = end
+        if start + last != size:
             self.fail(
-                f"the tensors take {end} bytes, the file has {size - start} for them; was it cut "
+                f"the tensors take {last} bytes, the file has {size - start} for them; was it cut "
                 "off? copy or download it again"
             )
-        for name, entry in entries.items():
-            self[name] = self.view(start, entry)
+        for begin, _, name, dtype, shape in stored:
+            numbers = torch.empty(0, dtype=dtype)
+            if prod(shape) > 0:
+                numbers = torch.frombuffer(
+                    self.map, dtype=dtype, count=prod(shape), offset=start + begin
+                )
+            self[name] = numbers.view(shape)
 
     def fail(self, message):
         raise ValueError(f"{self.path}: {message}")
 
-    def span(self, name, entry):
-        """Where the tensor of an entry of the header begins and ends, and its name."""
-        what = f"tensor {run.shown(name)} is {run.shown(entry)}"
+    def read_entry(self, name, entry):
+        """An entry of the header -> where its tensor begins and ends, its name, dtype and shape."""
         try:
             dtype, shape = FILE_DTYPES[entry["dtype"]], entry["shape"]
             begin, end = entry["data_offsets"]
-        except (TypeError, KeyError, ValueError):
-            self.fail(
-                f"{what}; expected are dtype ({', '.join(FILE_DTYPES)}), shape and data_offsets; "
-                "the file is corrupt, or of another kind"
+            fits = (
+                is_whole(shape)
+                and is_whole([begin, end])
+                and end - begin == prod(shape) * dtype.itemsize
+                and prod(n or 1 for n in shape) < 2**59  # beside a 0, too, torch counts the others
             )
-        if not is_whole(shape) or not is_whole([begin, end]):
-            self.fail(f"{what}; expected whole numbers >= 0; the file is corrupt")
-        if end - begin != prod(shape) * dtype.itemsize or prod(n or 1 for n in shape) > 2**59:
-            self.fail(f"{what}, of another size than its {end - begin} bytes; the file is corrupt")
-        return begin, end, name
-
-    def view(self, start, entry):
-        dtype, shape = FILE_DTYPES[entry["dtype"]], entry["shape"]
-        if prod(shape) == 0:
-            return torch.empty(shape, dtype=dtype)
-        offset = start + entry["data_offsets"][0]
-        return torch.frombuffer(self.map, dtype=dtype, count=prod(shape), offset=offset).view(shape)
+        except (TypeError, KeyError, ValueError):
+            fits = False
+        if not fits:
+            self.fail(
+                f"tensor {run.shown(name)} is {run.shown(entry)}; expected are dtype "
+                f"({', '.join(FILE_DTYPES)}), shape, and data_offsets of as many bytes, in whole "
+                "numbers; the file is corrupt, or of another kind"
+            )
+        return begin, end, name, dtype, shape
 
     def forget(self):
         """Tell the system that the pages read so far are not needed in memory any more."""
@@ -382,19 +375,34 @@ def checkpoint_files(folder):
     if not weight_map:
         raise ValueError(f"{index}: no weight_map of tensor names to file names; download it again")
     for name in weight_map.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}", name):
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", str(name)):
             raise ValueError(f"{index}: {run.shown(name)} is not the name of a file in this folder")
     return [Path(folder, name) for name in sorted(set(weight_map.values()))]
 
 
 class Tensors:
-    """The tensors of a safetensors file (or of some, which a message calls `source`), to be copied
-    into their places, each exactly once."""
+    """The tensors of a safetensors file or of a model folder, to be copied into their places, each
+    exactly once."""
 
-    def __init__(self, source: str | Path, files: list[Path] | None = None):
+    def __init__(self, source: str | Path):
         self.source = source
-        self.files = [SafetensorsFile(path) for path in files or [source]]
-        self.names = [name for file in self.files for name in file]
+        self.tensors = []  # (its file, its name, itself)
+        for path in checkpoint_files(source) if Path(source).is_dir() else [source]:
+            file = SafetensorsFile(path)
+            self.tensors += [(file, name, tensor) for name, tensor in file.items()]
+        self.names = [name for _, name, _ in self.tensors]
+        self.fused = any(name.endswith(".experts.gate_up_proj") for name in self.names)
+
+    def check_sizes(self, config):
+        """ValueError if config.json claims more layers or experts than the files' headers hold: a
+        model of that many would take for ever to build."""
+        held = len(self.names)
+        wanted = config.num_hidden_layers * (2 if self.fused else config.num_experts)
+        if wanted > held:
+            raise ValueError(
+                f"{self.source}: {held} tensors are not {config.num_hidden_layers} layers of "
+                f"{config.num_experts} experts; does config.json belong to it?"
+            )
 
     def check(self, table: dict):
         """ValueError if a tensor has no place, a place no tensor, a tensor stands in two files, or
@@ -410,61 +418,37 @@ class Tensors:
                     f"{self.source}: {len(names)} {what}: {run.shown(sorted(names))}; "
                     "is it complete, and does its configuration belong to it?"
                 )
-        for file in self.files:
-            for name, tensor in file.items():
-                if table[name].shape != list(tensor.shape):
-                    file.fail(
-                        f"tensor {run.shown(name)} has shape {list(tensor.shape)}, the model has "
-                        f"{table[name].shape}; does its configuration belong to it?"
-                    )
+        for file, name, tensor in self.tensors:
+            if table[name].shape != list(tensor.shape):
+                file.fail(
+                    f"tensor {run.shown(name)} has shape {list(tensor.shape)}, the model has "
+                    f"{table[name].shape}; does its configuration belong to it?"
+                )
 
     def fill(self, table: dict):
         """Copy each tensor into its place, converting dtype and device, after names and shapes were
         checked. ValueError for one with NaN or an infinity: those before it were copied."""
         self.check(table)
         bar = tqdm(
+            self.tensors,
             desc="loading",
-            total=sum(len(file.map) for file in self.files),
-            unit="B",
-            unit_scale=True,
+            unit=" tensors",
             delay=2,  # seconds: most loads take a moment
             mininterval=2,
             disable=processes.RANK > 0,
         )
-        with bar:
-            for file in self.files:
-                for name, tensor in file.items():
-                    # NaN counts as the least and as the largest: this takes no memory, and less
-                    # time than a copy. A number may also be too large for where it goes.
-                    dtype = table[name].parameter.dtype
-                    ends = tensor.aminmax() if tensor.numel() else ()
-                    if not all(end.to(dtype).isfinite() for end in ends):
-                        file.fail(
-                            f"tensor {run.shown(name)} holds numbers that are not finite; "
-                            "copy or download it again"
-                        )
-                    table[name].fill(tensor)
-                    file.forget()
-                    bar.update(tensor.nbytes)
-
-
-class Checkpoint(Tensors):
-    """The weights of a model folder."""
-
-    def __init__(self, folder: str | Path):
-        super().__init__(folder, checkpoint_files(folder))
-        self.fused = any(name.endswith(".experts.gate_up_proj") for name in self.names)
-
-    def check_sizes(self, config):
-        """ValueError if config.json claims more layers or experts than the files' headers hold: a
-        model of that many would take for ever to build, and its names all of the memory."""
-        held = len(self.names)
-        wanted = config.num_hidden_layers * (2 if self.fused else config.num_experts)
-        if wanted > held:
-            raise ValueError(
-                f"{self.source}: {held} tensors are not {config.num_hidden_layers} layers of "
-                f"{config.num_experts} experts; does config.json belong to it?"
-            )
+        for file, name, tensor in bar:
+            # NaN counts as the least and as the largest: this takes no memory, and less time than
+            # a copy. A number may also be too large for where it goes.
+            dtype = table[name].parameter.dtype
+            ends = tensor.aminmax() if tensor.numel() else ()
+            if not all(end.to(dtype).isfinite() for end in ends):
+                file.fail(
+                    f"tensor {run.shown(name)} holds numbers that are not finite; "
+                    "copy or download it again"
+                )
+            table[name].fill(tensor)
+            file.forget()
 
 
 # Writing -----------------------------------------------------------------------------------------
@@ -473,16 +457,15 @@ class Checkpoint(Tensors):
 def write_tensors(path: str | Path, table: dict, dtype: torch.dtype | None = None):
     """Write what is at the places (converted to `dtype` one at a time, if given), atomically."""
     header = {"__metadata__": {"format": "pt"}}  # transformers looks for this entry
-    offset = 0
+    end = 0
     for name, place in table.items():
         kind = dtype or place.parameter.dtype
-        end = offset + prod(place.shape) * kind.itemsize
+        begin, end = end, end + prod(place.shape) * kind.itemsize
         header[name] = {
             "dtype": DTYPE_NAMES[kind],
             "shape": place.shape,
-            "data_offsets": [offset, end],
+            "data_offsets": [begin, end],
         }
-        offset = end
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # keeps the data aligned in the map
 

@@ -13,7 +13,6 @@ tests/results.py draws the pictures of results with what stands here.
 import sys
 from collections import defaultdict
 from html import escape
-from math import ceil
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, this folder is on it
@@ -59,11 +58,13 @@ DOT = """<circle class="{} {}" cx="{:.1f}" cy="{:.1f}" r="{}">
 # a name, tied to its place
 NAME = """<path class="thin {0}" d="M {1:.1f},{2:.1f} L {3:.1f},{4:.1f}"/>
 <text class="{0}" x="{3:.1f}" y="{5:.1f}" text-anchor="start">{6}</text>"""
-RECT = """<rect class="{kind}" x="{x}" y="{y}" width="{inner}" height="13" style="LOOK">
+SCORE = """<rect class="{kind}" x="{x}" y="{y}" width="{inner}" height="13" \
+style="fill-opacity: {shade:.3f}">
 <title>{name}, column {column}: {value:.4g}</title></rect>"""
-SCORE = RECT.replace("LOOK", "fill-opacity: {shade:.3f}")
-EXPERT = RECT.replace("LOOK", "fill: hsl({shade:.1f}, 80%, 50%); fill-opacity: 0.35")
-EXPERT += '<text x="{x}" y="{y}" dx="24" dy="11" text-anchor="middle">{value}</text>'
+EXPERT = """<rect class="{kind}" x="{x}" y="{y}" width="{inner}" height="13" \
+style="fill: hsl({shade:.1f}, 80%, 50%); fill-opacity: 0.35">
+<title>{name}, column {column}: {value}</title></rect>\
+<text x="{x}" y="{y}" dx="24" dy="11" text-anchor="middle">{value}</text>"""
 
 
 def picture(panels) -> str:
@@ -86,7 +87,7 @@ def text(x, y, words, anchor="start"):
 # Curves ------------------------------------------------------------------------------------------
 
 
-def plot(groups, x_label, y_label, title="", unit=float, x_ticks=(), top=0, height=250):
+def plot(groups, x_label, y_label, title, unit=float, x_ticks=(), top=0, height=250):
     """A panel of groups (name, points (x, y), look): a "line" with a dot at each point, a "bar",
     without, or "ring"s. A name stands beside the last point of the last group that has it, and has
     the colour of its first word. x has the range of x_ticks (of the points), y begins at 0.
@@ -101,7 +102,7 @@ def plot(groups, x_label, y_label, title="", unit=float, x_ticks=(), top=0, heig
     for level in (0, 0.25, 0.5, 0.75, 1):
         y = y_at(level * top)
         shapes.append(LEVEL.format(level * top, y + 4, y, right))
-    shapes += ticks(xs, x_at, bottom + 18)
+    shapes += labels([(x_at(x), f"{x:,.7g}") for x in xs], bottom + 18, 50)
 
     colours, names, dots = {}, {}, []
     for name, group, look in groups:
@@ -116,26 +117,27 @@ def plot(groups, x_label, y_label, title="", unit=float, x_ticks=(), top=0, heig
             for point, place in zip(group, places):
                 shapes.append(DOT.format(colour, look, *place, size, shown(word), *point))
             dots += places
-        names[name] = colour, *places[-1], shown(name)
+        x, y = places[-1]
+        names[name] = y, x, colour, shown(name)
     return shapes + names_beside(names.values(), dots), height
 
 
-def ticks(xs, x_at, y):
-    """The numbers that have room, below their places."""
+def labels(places, y, room):
+    """Words (x, words) that have room beside those before them."""
     shapes, free = [], 0
-    for x in xs:
-        if x_at(x) >= free:
-            shapes.append(text(x_at(x), y, f"{x:,.7g}", "middle"))
-            free = x_at(x) + 50
+    for x, words in places:
+        if x >= free:
+            shapes.append(text(x, y, words, "middle"))
+            free = x + room
     return shapes
 
 
 def names_beside(names, dots):
-    """Names (colour, x, y, words) right of their places, or below the dots and names that stand
+    """Names (y, x, colour, words) right of their places, or below the dots and names that stand
     there already."""
     shapes = []
     taken = [(x - 4, x + 4, y) for x, y in dots]  # from, to, and the middle of its height
-    for colour, x, y, words in sorted(names, key=lambda name: name[2]):
+    for y, x, colour, words in sorted(names):
         start, end, down = x + 9, x + 9 + LETTER * len(words), y
         while any(start < t and f < end and abs(down - m) < 13 for f, t, m in taken):
             down += 1
@@ -198,9 +200,8 @@ def grid(title, corner, heads, rows, chosen, template, width, scale):
     """
     left = 8 + LETTER * max(map(len, rows))
     width = min(width, (WIDTH - 4 - left) // len(heads))
-    shapes = [text(8, 20, title), text(left - 6, 40, corner, "end")]
-    for column in range(0, len(heads), ceil(24 / width)):
-        shapes.append(text(left + width * (column + 0.5), 40, heads[column], "middle"))
+    middles = [(left + width * (column + 0.5), head) for column, head in enumerate(heads)]
+    shapes = [text(8, 20, title), text(left - 6, 40, corner, "end"), *labels(middles, 40, 24)]
     y = 46
     for name, row in rows.items():
         shapes.append(text(left - 6, y + 11, name, "end"))
@@ -238,10 +239,10 @@ def run_picture(records: list[dict]) -> str:
 
     def groups(names):
         found = []
-        for name, look in sorted(series):
+        for (name, look), points in sorted(series.items()):
             if name in names:
-                _, last = series.get((name, "ring"), series[name, look])[-1]
-                found.append((f"{name} {last:.3g}", series[name, look], look))
+                _, last = series.get((name, "ring"), points)[-1]
+                found.append((f"{name} {last:.3g}", points, look))
         return found
 
     losses = groups(("cross_entropy", "held_out"))
@@ -270,10 +271,10 @@ def draw(folder: str | Path):
 
 
 @run.command
-def main(argv=None):
+def main():
     parser = run.Parser(description="Draw RUN/run.svg: loss, accuracy, and the load of the experts")
     parser.add_argument("run", metavar="RUN", help="a run's folder")
-    draw(parser.parse_args(argv).run)
+    draw(parser.parse_args().run)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from time import monotonic, sleep
 from typing import NamedTuple
@@ -133,29 +133,30 @@ class Redirects(HTTPRedirectHandler):
 
 def open_url(url, token, begin=0):
     """The server's answer from byte `begin` on."""
-    request = Request(url, headers={"User-Agent": "nano-moe-prepare/1.0"})
-    if begin:
-        request.add_header("Range", f"bytes={begin}-")
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
     with told(url):
+        request = Request(url, headers={"User-Agent": "nano-moe-prepare/1.0"})
+        if request.type not in ("http", "https"):
+            raise ValueError("it must begin with http:// or https://")
+        if begin:
+            request.add_header("Range", f"bytes={begin}-")
+        if token:
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
         return build_opener(Redirects).open(request, timeout=TIMEOUT)
 
 
-def blocks(url, answer):
-    """The body as it arrives: what came before a break is not lost.
+def blocks(url, answer, most):
+    """The body as it arrives, up to `most` bytes: what came before a break is not lost.
 
-    Waiting uses patience up, and each byte gives 1 / SLOWEST seconds of it back.
+    Each byte puts the deadline 1 / SLOWEST seconds off, up to PATIENCE from now.
     """
-    patience = PATIENCE
-    while patience >= 0:
-        asked = monotonic()
+    deadline = monotonic() + PATIENCE
+    while monotonic() < deadline:
         with told(url):
-            block = answer.read1(BLOCK)
+            block = answer.read1(min(BLOCK, most))
         if not block:
             return
-        patience += len(block) / SLOWEST - (monotonic() - asked)
-        patience = min(patience, PATIENCE)
+        most -= len(block)
+        deadline = min(deadline + len(block) / SLOWEST, monotonic() + PATIENCE)
         yield block
     raise Again(f"{url}: too slow for {PATIENCE} seconds")
 
@@ -174,8 +175,8 @@ def told(url):
             "gated or private, accept its licence on its page, and set HF_TOKEN to an access token "
             "of your account"
         ) from None
-    except ValueError as error:  # from above, or of an address that is none
-        raise ValueError(f"{url}: {run.shown(str(error))}") from None
+    except (ValueError, InvalidURL) as error:  # from above, or of an address that is none
+        raise ValueError(f"{url}: {run.shown(str(error))}; is the address right?") from None
     except (OSError, HTTPException) as error:
         raise Again(f"{url}: the connection failed ({run.shown(str(error))})") from None
 
@@ -228,12 +229,10 @@ def fetch(file, token):
             mininterval=SHOW_EVERY,
         )
         with open(file.part, "ab" if have else "wb") as part, bar:
-            for block in blocks(file.url, answer):
+            for block in blocks(file.url, answer, file.size + 1 - have):  # one more: a wrong hash
                 part.write(block)
                 have += len(block)
                 bar.update(len(block))
-                if have > file.size:
-                    return  # its hash will be wrong
             part.flush()
             os.fsync(part.fileno())
     if have < file.size:
@@ -301,8 +300,9 @@ def get_data(name, out, source):
 
     known = set(questions(training.path))
     for test in tests:
-        seen = [question in known for question in questions(test.path)]
-        found = f"{sum(seen)} of {len(seen)} questions stand in {train}.json too"
+        asked = questions(test.path)
+        seen = sum(question in known for question in asked)
+        found = f"{seen} of {len(asked)} questions stand in {train}.json too"
         print(f"overlap: {test.path.stem} {found}")
     print(
         f"next: python train.py --variant perft_r --base {out}/OLMoE-1B-7B-0924 --dtype bfloat16 "
@@ -325,7 +325,7 @@ NEEDED = (
 
 
 def get_model(repo, out):
-    hub = address(os.environ.get("HF_ENDPOINT", HUB))
+    hub = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
     token = os.environ.get("HF_TOKEN", "").strip()
     if not re.fullmatch("[!-~]*", token):  # http.client would print it in its complaint
         raise ValueError("HF_TOKEN: holds a character that no token has (a blank?); set it again")
@@ -347,12 +347,8 @@ def get_model(repo, out):
 def list_files(hub, repo, folder, token):
     """The hub's list of a model's files -> {name: File}; a stranger may have written it."""
     url = f"{hub}/api/models/{repo}/tree/main"
-    body = b""
     with open_url(url, token) as answer:
-        for block in blocks(url, answer):
-            body += block
-            if len(body) > LARGEST_LIST:
-                raise ValueError(f"{url}: the answer is too long; is HF_ENDPOINT a hub?")
+        body = b"".join(blocks(url, answer, LARGEST_LIST))
     files = {}
     try:
         for entry in json.loads(body):
@@ -371,14 +367,6 @@ def list_files(hub, repo, folder, token):
 # The command -------------------------------------------------------------------------------------
 
 
-def address(text):
-    if not re.fullmatch(r"https?://[!-~]+", text):
-        raise ValueError(
-            f"{run.shown(text)}: the address in HF_ENDPOINT must begin with http:// or https://"
-        )
-    return text.rstrip("/")
-
-
 @run.command
 def main(argv=None):
     parser = run.Parser(prog="prepare.py", description=__doc__)
@@ -387,23 +375,22 @@ def main(argv=None):
     add = parser.add_argument
     add("name", metavar="NAME", help="what to bring, from the list above")
     add("--out", metavar="DIR", type=Path, default=here, help="where it goes (%(default)s)")
-    add("--source", metavar="URL", type=address, default=SOURCE, help="a mirror of the data")
+    add("--source", metavar="URL", default=SOURCE, help="a mirror of the data")
     args = parser.parse_args(argv)
     repo = MODELS.get(args.name, args.name)
     if args.name not in DATA and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.A):
         names = ", ".join([*DATA, *MODELS])
         parser.error(f"{run.shown(args.name)} is none of {names}, and no owner/model")
     try:
-        if args.name in DATA:
-            get_data(args.name, args.out, args.source)
-        else:
-            get_model(repo, args.out)
+        with run.last_words(lambda: KEPT):
+            if args.name in DATA:
+                get_data(args.name, args.out, args.source.rstrip("/"))
+            else:
+                get_model(repo, args.out)
     except OSError as error:
         if error.errno and error.filename is None:  # a full disk does not say which
             error.filename = str(args.out)
         raise
-    except KeyboardInterrupt as stop:
-        raise run.Stopped(KEPT, getattr(stop, "code", 130)) from None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import os
 import platform
 import signal
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,8 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Reading -----------------------------------------------------------------------------------------
 
 LARGEST_JSON = 200_000_000  # bytes; the largest tokenizer.json that we know has 17 million
-
-
+AGAIN = "copy or download it again"
 KINDS = {
     str: "a text",
     bool: "true or false",
@@ -47,6 +46,8 @@ def read_json(path: str | Path, **kinds: type) -> dict:
     """The JSON object in a file, whoever wrote it. `rank=int, base=dict`: what these keys hold, if
     they are there and not null. FileNotFoundError or ValueError of one line otherwise."""
     path = Path(path)
+    if path.is_file() and path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path}: has more bytes than any file of its kind; {AGAIN}")
     content = parse_json(read_text(path), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
@@ -59,32 +60,23 @@ def read_json(path: str | Path, **kinds: type) -> dict:
 
 def is_kind(value, kind: type) -> bool:
     """Is a value from a file of this kind? true is no number, and numbers are finite and have a
-    size that a float or an int64 holds."""
-    if kind is float:
-        return type(value) in (int, float) and abs(value) < 1e300
-    if kind is int:
-        return type(value) is int and abs(value) < 2**63
+    size that an int64 holds."""
+    if kind in (int, float):
+        return type(value) in (int, kind) and abs(value) < 2**63
     return type(value) is kind
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, remedy=AGAIN) -> str:
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}: no such file; is this the right folder, and is it complete?"
+            f"{path}: no such file; is it the right folder, and is it complete? {remedy}"
         )
     if not path.is_file():  # a folder, or a device or pipe, of which a read may never end
-        raise ValueError(f"{path}: is not a regular file; copy or download it again")
-    size = path.stat().st_size
-    if size > LARGEST_JSON:
-        raise ValueError(
-            f"{path}: has {size:,} bytes, more than any file of its kind; download it again"
-        )
+        raise ValueError(f"{path}: is not a regular file; {remedy}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: byte {error.start} is not UTF-8; copy or download it again"
-        ) from None
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; {remedy}") from None
 
 
 def parse_json(text: str, place: str | Path):
@@ -94,18 +86,23 @@ def parse_json(text: str, place: str | Path):
     except RecursionError:
         cause = "nested too deeply"
     except ValueError as error:  # a number of thousands of digits, too
-        cause = str(error)
-    raise ValueError(f"{place}: not valid JSON ({cause}); copy or download it again")
+        cause = str(error).replace(": line 1 ", ": ")  # of a file, or of the line that is named
+    raise ValueError(f"{place}: not valid JSON ({cause}; is it cut off?); {AGAIN}")
 
 
 def shown(value) -> str:
     """A value from a file, for a message: on one line, printable, at most 100 characters."""
     try:
         text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, RecursionError):
         text = str(value)
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:101])
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    return printable(text, 100)
+
+
+def printable(text, most):
+    """What does not print is escaped, and what is too long is cut."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: most + 1])
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def whole_lines(path: Path) -> list[str]:
@@ -135,8 +132,9 @@ def write_atomically(path: str | Path, write: Callable):
         os.replace(temporary, path)
     except OSError as error:
         cause = error.strerror or error
-        hint = "is the disk full, or the folder read-only?"
-        raise OSError(f"{path}: could not be written ({cause}); {hint}") from None
+        raise OSError(
+            f"{path}: could not be written ({cause}); is the disk full, or the folder read-only?"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)  # gone by now unless something failed
 
@@ -169,15 +167,19 @@ def refuse(message: str):
     Parser(prog=Path(sys.argv[0]).name).error(message)
 
 
-def number(kind: type, lowest: float, above=False, most: float = math.inf):
-    """For argparse's type=: a finite int or float, at least (or above) `lowest`, at most `most`."""
+HUGE = 1e300  # whatever is above is a slip, or infinity
+
+
+def number(kind: type, lowest: float, above=False, most=HUGE):
+    """For argparse's type=: an int or float, at least (or above) `lowest`, at most `most`."""
 
     def parse(text):
         value = kind(text)
-        too_low = value <= lowest if above else value < lowest
-        if too_low or value > most or not math.isfinite(value):
+        fits = value > lowest if above else value >= lowest  # no comparison holds for NaN
+        if not fits or value > most:
             bound = f"more than {lowest}" if above else f"at least {lowest}"
-            bound += "" if most == math.inf else f" and at most {most}"
+            if most < HUGE:
+                bound += f" and at most {most}"
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bound}")
         return value
 
@@ -215,10 +217,10 @@ def raise_stopped(number, frame):
     raise Stopped("", 128 + number)
 
 
-def answer(handler: Callable) -> dict:
+def answer(handler):
     """From now on Ctrl-C and SIGTERM call handler(number, frame) -> what they called before."""
     before = {}
-    if threading.current_thread() is threading.main_thread():  # else Python objects
+    with suppress(ValueError):  # of a thread that is not the main one
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:  # as in the background of a shell
                 before[number] = signal.signal(number, handler)
@@ -226,7 +228,7 @@ def answer(handler: Callable) -> dict:
 
 
 @contextmanager
-def answering(handler: Callable):
+def answering(handler):
     before = answer(handler)
     try:
         yield
@@ -253,7 +255,7 @@ def noting():
 
 
 @contextmanager
-def last_words(text: Callable):
+def last_words(text):
     """What text() says is told to who stops the work inside."""
     try:
         yield
@@ -275,23 +277,32 @@ def command(main: Callable) -> Callable:
             with answering(raise_stopped):
                 return main(*arguments)
         except (ValueError, OSError) as error:
-            sys.exit(f"error: {one_line(error)}")
+            line = f"error: {one_line(error)}"
+            tell_torchrun(line)
+            sys.exit(line)
         except KeyboardInterrupt as stop:
+            line = f"stopped: {stop}" if str(stop) else "stopped"
+            tell_torchrun(line)
             if not is_silent():
-                print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
+                print(line, file=sys.stderr)
             sys.exit(getattr(stop, "code", 130))
 
     return guarded
 
 
+def tell_torchrun(line):
+    """torchrun ends with a report of its own, which quotes the file that each process left."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        write_json(file, {"message": line, "timestamp": int(time.time())})
+
+
 def one_line(error: Exception) -> str:
-    """An error's message: whatever a library put into it, on one printable line of bounded
-    length."""
-    text = " ".join(str(error).split())
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """An error's message: whatever a library put into it, on one line of bounded length."""
+    text = str(error)
     if isinstance(error, OSError) and error.filename:  # else it would begin with "[Errno 28]"
         text = f"{error.filename}: {error.strerror}; is there room, and may it be written?"
-    return text if len(text) <= 1000 else f"{text[:997]}..."
+    return printable(" ".join(text.split()), 1000)
 
 
 # The scripts import this file first, so that Ctrl-C is one line while they import torch. Whoever
@@ -304,18 +315,16 @@ if script.suffix == ".py" and script.parent in (ROOT, ROOT / "data"):
 # A run's folder ----------------------------------------------------------------------------------
 
 
-def is_alive(pid: str) -> bool:
+def is_alive(pid):
     """Might another process have this number? Not where it is this one's: in a container the next
     process may get the number of the last."""
-    if pid == str(os.getpid()):
-        return False
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
     except (ValueError, OverflowError, OSError):  # no number of a process; somebody else's
-        return True
-    return True
+        pass
+    return pid != str(os.getpid())
 
 
 @contextmanager
@@ -378,9 +387,12 @@ def check_run_folder(out: Path, resume: bool, overwrite: bool, written: Iterable
 
 def changes(then: dict, now: dict) -> str:
     """What differs in the settings of a continued work, "" if nothing does."""
-    changed = [name for name in now if then.get(name) != now[name]]
-    texts = [f"{name} {shown(then.get(name))} then, {shown(now[name])} now" for name in changed]
-    return "; ".join(texts)
+    changed = []
+    for name, value in now.items():
+        before = then.get(name)
+        if before != value:
+            changed.append(f"{name} {shown(before)} then, {shown(value)} now")
+    return "; ".join(changed)
 
 
 class Log:
@@ -392,11 +404,10 @@ class Log:
 
     def __init__(self, path: Path | None, keep_until: int | None):
         self.file = None
-        if path is None:
-            return
-        kept = [] if keep_until is None else log_lines(path, keep_until)
-        write_text(path, "".join(f"{line}\n" for line in kept))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
+        if path:
+            kept = [] if keep_until is None else log_lines(path, keep_until)
+            write_text(path, "".join(f"{line}\n" for line in kept))
+            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
 
     def write(self, text: str, **record):
         from tqdm import tqdm  # here: Ctrl-C is answered the sooner
@@ -412,7 +423,7 @@ class Log:
             os.fsync(self.file.fileno())
 
 
-def log_lines(path: Path, last_step: int) -> list[str]:
+def log_lines(path, last_step):
     """The lines of a metrics.jsonl up to a step: those before the first of a later one. ValueError,
     with file:line, for a damaged one of them."""
     kept = []
@@ -424,7 +435,7 @@ def log_lines(path: Path, last_step: int) -> list[str]:
             if step > last_step:
                 break
             kept.append(line)
-        except (ValueError, AttributeError, TypeError, RecursionError):
+        except (ValueError, AttributeError, RecursionError):
             raise ValueError(
                 f"{path}:{i + 1}: is no line of a log; remove it, then --resume again"
             ) from None
@@ -443,9 +454,8 @@ def peak_memory() -> int:
 
 def free_memory() -> float:
     """Bytes of main memory that a process may still take; infinity where nobody says."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    sizes = dict(line.split(":") for line in lines)  # {"MemAvailable": " 123 kB"}
-    return 1024 * int(sizes["MemAvailable"].split()[0])
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):  # "MemAvailable:   123 kB"
+                return 1024 * int(line.split()[1])
+    return math.inf

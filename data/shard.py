@@ -16,7 +16,8 @@ of them. What a caller must know:
     writes.
 
 Ctrl-C goes to torchrun, which passes it on: all finish the same step, save it, and --resume goes on
-from it. torchrun waits 30 seconds for that, and its own traceback comes last.
+from it. torchrun waits 30 seconds for that. When a process is killed the others say so in a line,
+which torchrun's report, the last thing on the screen, quotes.
 
 Frozen bfloat16 weights and float32 adapters may stand in one block (they travel as bytes); what
 trains has one dtype.
@@ -68,6 +69,11 @@ def stop():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def is_alone(error: RuntimeError) -> bool:
+    """Did a meeting fail because another process is gone?"""
+    return WORLD > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError))
 
 
 def total(t: torch.Tensor) -> torch.Tensor:

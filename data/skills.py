@@ -84,7 +84,6 @@ class Row(NamedTuple):
     family: str
     prompt: str
     answer: str  # begins with one space
-    choices: tuple = ()  # for multiple choice: the possible answers, each with its space
 
 
 # The tables: every fact of this world -------------------------------------------------------------
@@ -92,11 +91,8 @@ class Row(NamedTuple):
 
 def _table(text):
     """Lines of "key: some words" -> {key: [words]}."""
-    table = {}
-    for line in text.strip().splitlines():
-        key, words = line.split(": ")
-        table[key.strip()] = words.split()
-    return table
+    lines = [line.split(": ") for line in text.strip().splitlines()]
+    return {key.strip(): words.split() for key, words in lines}
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -124,7 +120,6 @@ COMPOSED = _table("""
     child sibling: nephew niece
     child child: grandson granddaughter
 """)
-RELATIONS = sorted({word for pair in COMPOSED.values() for word in pair})  # 16 words
 
 NOUNS = "dog cat cow pig hen fox king cook monk boy girl nurse".split()
 VERBS = "see hear help find call push pull like fear miss feed hit".split()
@@ -156,28 +151,53 @@ COLOR = _table("""
     white: milk hen
     green: lime pear fir
 """)
-QUIZ = [
-    (KIND, "which is a {value} ?"),
-    (PLACE, "where is the {thing} ?"),
-    (COLOR, "what color is {thing} ?"),
-]
-THINGS = [thing for things in KIND.values() for thing in things]
+QUIZ = [(KIND, "which is a {} ?"), (PLACE, "where is the {} ?"), (COLOR, "what color is {} ?")]
+THINGS = sum(KIND.values(), [])
 
-# The invented language. A word is two of sixteen syllables: 256 words, shuffled once and dealt out,
-# so that the words of one list never appear in another. The sixteen kinship words begin with
-# sixteen different syllables.
+# The invented language. Two of sixteen syllables are a word, which makes 256; these were shuffled
+# once and dealt out, so that no list has a word of another. A tense is one syllable, put on the end
+# of the verb.
 SYLLABLES = "ka ke ku va vo vi zu ze zo mi mu lo le ha hu ri".split()
-_deal = random.Random(7)  # the deal is part of the world: another number makes another language
-KIN_WORDS = [first + second for first, second in zip(SYLLABLES, _deal.sample(SYLLABLES, 16))]
-_pool = sorted({first + second for first in SYLLABLES for second in SYLLABLES} - {*KIN_WORDS})
-_deal.shuffle(_pool)
-_tenses = _deal.sample(SYLLABLES, 6)
-ENGLISH = NOUNS + VERBS + TENSES  # a tense is one syllable, put on the end of the verb
-LEXICON = dict(zip(ENGLISH, _pool[:24] + _tenses[:3]))  # of translate and order_new
-LEXICON_NEW = dict(zip(ENGLISH, _pool[24:48] + _tenses[3:]))
-FREE_WORDS = _pool[48:]  # the words of rotate: they mean nothing
-KIN_NEW = dict(zip(RELATIONS, KIN_WORDS))
+ENGLISH = NOUNS + VERBS + TENSES
+_translate = """
+    mihu voha vori kami kaka haka zuva vile miva hazu leri huze
+    zoke huvi zovo muka loka zori muke miha vomi vovi kuku vazu
+    zu le va
+"""
+_lexicon_new = """
+    vihu kulo huzo zoze kazu kezu kele rika lova keva levi lomi
+    zule kavo lole vika voze kuha lovi lelo lemu mimi kumi valo
+    ri lo ha
+"""
+LEXICON = dict(zip(ENGLISH, _translate.split()))  # of translate and order_new
+LEXICON_NEW = dict(zip(ENGLISH, _lexicon_new.split()))
 NEGATION = "mu"  # of order_new: a word of one syllable, which no other list has
+
+RELATIONS = """
+    aunt brother daughter father granddaughter grandma grandpa grandson
+    husband mother nephew niece sister son uncle wife
+""".split()
+_kinship_new = """
+    kamu keku kuzu vari voka vike zuzo zele
+    zovi mivo mulo loha lemi haze huhu riva
+"""
+KIN_NEW = dict(zip(RELATIONS, _kinship_new.split()))  # each begins with another syllable
+
+# The words of rotate: they mean nothing.
+FREE_WORDS = """
+    vivi haku zelo kava voku leka zomi hari zuri vake lomu hake vaze muha levo vize zova
+    zevi hamu zeku hami muva zuvo hazo zolo vova loku zuke kuvi kezo halo vami kule zeha
+    kavi zeke zoha keka kumu zuka viku haha zoku muri vivo leha vizu hahu riku leva lozo
+    loze humu rivi vozo muzo zemi vaku keha keri riha volo muku mile muvi lozu vaha mimu
+    kale kuva kemi zuku humi vava vahu milo mize muze kelo vohu kake vilo kevi zezu viri
+    huzu kazo lohu mizo hale lezo lori kuvo vimi leku vozu zehu muhu kuri zuvi zuze vole
+    zeva vovo vaka lezu zemu vomu zeri zomu hule hava viha mule kari vimu kaze zole muvo
+    zoka huku vale kuze miri leze mumi muzu zeka zozu hulo kuka vizo zevo kuke lehu loke
+    mivi zozo mizu lele miku rihu zeze mumu kemu vamu zuha zulo huka voke rile huva lolo
+    keke vazo zumi rizo huvo kehu viva zezo rimu leke rivo kaha rike kalo zuzu kuzo kaku
+    rimi havi kevo havo lovo zuhu rize zumu rizu vavi vavo keze kahu riri zohu huha mike
+    rilo huri kuhu huke mika
+""".split()
 
 # Sixteen letters: few enough for a rank-16 adapter to learn another map.
 CIPHER_LETTERS = "abcdefghijklmnop"
@@ -185,32 +205,27 @@ CIPHER = dict(zip(CIPHER_LETTERS, "kfhacnojdmlgpibe"))
 CIPHER_NEW = dict(zip(CIPHER_LETTERS, "gdoblimepcahfknj"))
 
 
-# The families: rng -> (prompt, answer) or (prompt, answer, choices) -------------------------------
-
-
-def _spelled(symbols):
-    """A leading space and one space between: the form of every answer."""
-    return "".join(" " + symbol for symbol in symbols)
+# The families: rng -> (prompt, answer) ------------------------------------------------------------
 
 
 def reverse(rng):
     word = rng.choices(LETTERS, k=rng.randint(3, 6))
-    return f"reverse :{_spelled(word)} ->", _spelled(word[::-1])
+    return f"reverse : {' '.join(word)} ->", " ".join(word[::-1])
 
 
 def sort(rng):
     word = rng.sample(LETTERS, rng.randint(3, 6))
-    return f"sort :{_spelled(word)} ->", _spelled(sorted(word))
+    return f"sort : {' '.join(word)} ->", " ".join(sorted(word))
 
 
 def cipher(rng, key=CIPHER):
     word = rng.choices(CIPHER_LETTERS, k=rng.randint(3, 5))
-    return f"cipher :{_spelled(word)} ->", _spelled(key[letter] for letter in word)
+    return f"cipher : {' '.join(word)} ->", " ".join(key[letter] for letter in word)
 
 
 def rotate(rng):
-    first, *rest = rng.sample(FREE_WORDS, rng.randint(2, 3))
-    return f"rotate :{_spelled([first, *rest])} ->", _spelled([*rest, first])
+    words = rng.sample(FREE_WORDS, rng.randint(2, 3))
+    return f"rotate : {' '.join(words)} ->", " ".join(words[1:] + words[:1])
 
 
 def kinship(rng, words=None):
@@ -222,7 +237,7 @@ def kinship(rng, words=None):
     b_to_c = STEP[second][b in WOMEN]
     a_to_c = COMPOSED[steps][a in WOMEN]
     facts = f"{a} is the {a_to_b} of {b} . {b} is the {b_to_c} of {c} ."
-    return f"kinship : {facts} {a} is to {c} the", " " + (words[a_to_c] if words else a_to_c)
+    return f"kinship : {facts} {a} is to {c} the", words[a_to_c] if words else a_to_c
 
 
 def height(rng):
@@ -234,7 +249,7 @@ def height(rng):
         facts.append(rng.choice(same_fact))
     rng.shuffle(facts)
     asked, who = rng.choice([("tallest", people[0]), ("shortest", people[-1])])
-    return f"height : {' '.join(facts)} who is {asked} ?", " " + who
+    return f"height : {' '.join(facts)} who is {asked} ?", who
 
 
 def day(rng):
@@ -244,31 +259,25 @@ def day(rng):
     sentence = f"{anchor} came on {DAYS[start]}"
     arrival = {}
     for who in others:
-        shift, word = rng.randint(2, 6), rng.choice(["after", "before"])
-        sentence += f" , {who} {shift} days {word}"
-        end = start + shift if word == "after" else start - shift
-        arrival[who] = DAYS[end % 7]
+        days = rng.randint(2, 6)
+        word, sign = rng.choice([("after", 1), ("before", -1)])
+        sentence += f" , {who} {days} days {word}"
+        arrival[who] = DAYS[(start + sign * days) % 7]
     who = rng.choice(others)
-    return f"day : {sentence} . when came {who} ?", " " + arrival[who]
+    return f"day : {sentence} . when came {who} ?", arrival[who]
 
 
 def _joined(rng, left, right):
-    """Two propositions and their values -> (left and right) or (left or right), and its value."""
-    (left_text, x), (right_text, y) = left, right
-    operator, value = rng.choice([("and", x and y), ("or", x or y)])
-    return f"{left_text} {operator} {right_text}", value
+    return f"{left} {rng.choice(['and', 'or'])} {right}"
 
 
 def _clause(rng, brackets):
-    """A random proposition and its value: true, not false, ( not true or false ), not ( ... )."""
+    """A random proposition: true, not false, ( not true or false ), not ( ... )."""
     if brackets:
-        text, value = _joined(rng, _clause(rng, False), _clause(rng, False))
-        text = f"( {text} )"
+        clause = f"( {_joined(rng, _clause(rng, False), _clause(rng, False))} )"
     else:
-        text, value = rng.choice([("true", True), ("false", False)])
-    if rng.random() < 0.4:
-        return f"not {text}", not value
-    return text, value
+        clause = rng.choice(["true", "false"])
+    return f"not {clause}" if rng.random() < 0.4 else clause
 
 
 def logic(rng):
@@ -276,16 +285,16 @@ def logic(rng):
     wanted = rng.random() < 0.5
     while True:
         left, right = rng.choice([(True, True), (True, False), (False, True)])
-        text, value = _joined(rng, _clause(rng, left), _clause(rng, right))
-        if value is wanted:
-            return f"logic : {text} ->", f" {value}".lower()
+        text = _joined(rng, _clause(rng, left), _clause(rng, right))
+        if eval(text, {"true": True, "false": False}) is wanted:  # a proposition is Python, too
+            return f"logic : {text} ->", str(wanted).lower()
 
 
 def add(rng):
     """Two digits each, three of the sum, ones first: at every digit the carry is already known."""
     x, y = rng.randrange(100), rng.randrange(100)
     total = f"{x + y:03d}"
-    return f"add : {x:02d} + {y:02d} ->", " " + total[::-1]
+    return f"add : {x:02d} + {y:02d} ->", total[::-1]
 
 
 def mod(rng):
@@ -293,38 +302,37 @@ def mod(rng):
     modulus = rng.choice([5, 7])
     terms = [rng.randrange(modulus) for _ in range(rng.randint(3, 5))]
     sums = [str(total % modulus) for total in accumulate(terms)]
-    asked = " + ".join(str(term) for term in terms)
-    return f"mod {modulus} : {asked} ->", " " + "".join(sums[1:])
+    return f"mod {modulus} : {' + '.join(map(str, terms))} ->", "".join(sums[1:])
 
 
-def translate(rng, lexicon=LEXICON, order="sov", negation=None):
+def translate(rng, lexicon=LEXICON, order="{subject} {object} {verb}", negation=None):
     """Subject, tense, verb, object into a language whose verb comes last, the tense on its end."""
     subject, thing = rng.sample(NOUNS, 2)
     verb, tense = rng.choice(VERBS), rng.choice(TENSES)
-    said = {"s": lexicon[subject], "o": lexicon[thing], "v": lexicon[verb] + lexicon[tense]}
-    answer = [said[role] for role in order]
+    answer = order.format(
+        subject=lexicon[subject],
+        object=lexicon[thing],
+        verb=lexicon[verb] + lexicon[tense],
+    )
     if negation and rng.random() < 0.5:
-        answer.append(negation)
         tense = f"{tense} not"
-    return f"translate : the {subject} {tense} {verb} the {thing} ->", _spelled(answer)
+        answer = f"{answer} {negation}"
+    return f"translate : the {subject} {tense} {verb} the {thing} ->", answer
 
 
 def quiz(rng):
     """Three choices, one of them right; wrong ones are answers to other questions of its sort."""
-    table, form = rng.choices(QUIZ, weights=[3, 1, 1])[0]
+    table, question = rng.choices(QUIZ, weights=[3, 1, 1])[0]
     value = rng.choice(list(table))
     thing = rng.choice(table[value])
-    question = form.format(value=value, thing=thing)
     if table is KIND:
-        right = thing
-        wrong = [other for other in THINGS if other not in KIND[value]]
+        asked, right, answers = value, thing, THINGS
     else:
-        right = value
-        wrong = [other for other in table if other != value]
+        asked, right, answers = thing, value, table
+    wrong = [answer for answer in answers if answer not in (value, *table[value])]
     choices = [right, *rng.sample(wrong, 2)]
     rng.shuffle(choices)
-    asked = f"quiz : {question} {' , '.join(choices)} ->"
-    return asked, " " + right, tuple(" " + choice for choice in choices)
+    return f"quiz : {question.format(asked)} {' , '.join(choices)} ->", right
 
 
 MAKERS = reverse, sort, cipher, rotate, kinship, height, day, logic, add, mod, translate, quiz
@@ -332,7 +340,7 @@ FAMILIES = {maker.__name__: maker for maker in MAKERS}
 TARGETS = {
     "kinship_new": partial(kinship, words=KIN_NEW),
     "lexicon_new": partial(translate, lexicon=LEXICON_NEW),
-    "order_new": partial(translate, order="svo", negation=NEGATION),
+    "order_new": partial(translate, order="{subject} {verb} {object}", negation=NEGATION),
     "cipher_new": partial(cipher, key=CIPHER_NEW),
 }
 DEFAULT_TARGET = "kinship_new"
@@ -348,8 +356,8 @@ CONTRADICTS = {
 }
 
 # Share of each family among pre-training rows (out of the sum): the harder ones are seen more.
-HARDER = {"height": 3, "day": 3, "logic": 2, "add": 3, "mod": 3, "quiz": 2}
-SHARES = dict.fromkeys(FAMILIES, 1) | HARDER
+SHARES = dict.fromkeys(FAMILIES, 1)
+SHARES |= {"height": 3, "day": 3, "logic": 2, "add": 3, "mod": 3, "quiz": 2}
 
 
 # Drawing rows -------------------------------------------------------------------------------------
@@ -363,9 +371,9 @@ def is_test(prompt):
 def _draw(name, rng, test):
     maker = FAMILIES.get(name) or TARGETS[name]
     while True:
-        row = Row(name, *maker(rng))
-        if is_test(row.prompt) == test:
-            return row
+        prompt, answer = maker(rng)
+        if is_test(prompt) == test:
+            return Row(name, prompt, " " + answer)
 
 
 TABLE_ROWS = 500
@@ -395,13 +403,8 @@ def sample(name, split, n, seed=0):
 def mixture(n, seed):
     """n pre-training rows of all families, drawn by SHARES."""
     rng = random.Random(f"mixture {seed}")
-    names = rng.choices(list(SHARES), weights=list(SHARES.values()), k=n)
+    names = rng.choices(list(SHARES), weights=SHARES.values(), k=n)
     return [_draw(name, rng, test=False) for name in names]
-
-
-def correct(generated, row):
-    """Exact match, up to the spaces around."""
-    return generated.strip() == row.answer.strip()
 
 
 # For the tokenizer --------------------------------------------------------------------------------
@@ -411,8 +414,8 @@ def words():
     """Every symbol of the pre-training world but numbers and invented words, in alphabetical
     order."""
     text = " ".join(row.prompt + row.answer for row in mixture(5000, 0))
-    no_word = re.compile(rf"\d+|({'|'.join(SYLLABLES)})+")
-    return sorted(symbol for symbol in set(text.split()) if not no_word.fullmatch(symbol))
+    others = rf"\d+|({'|'.join(SYLLABLES)})+"
+    return sorted(symbol for symbol in set(text.split()) if not re.fullmatch(others, symbol))
 
 
 def lexicon_text():
@@ -426,8 +429,8 @@ def lexicon_text():
     tokens that is a little less than 640, where no pair is left to merge.
     """
     syllables = [*SYLLABLES, *(" " + syllable for syllable in SYLLABLES)]
-    others = _spelled(word for word in words() if word not in FAMILIES)
-    return syllables * 100 + [*FAMILIES, others] * 2
+    others = [word for word in words() if word not in FAMILIES]
+    return syllables * 100 + [*FAMILIES, " " + " ".join(others)] * 2
 
 
 def write_tokenizer(folder):
@@ -441,13 +444,9 @@ def write_tokenizer(folder):
         "bos_token": None,
         "unk_token": None,
     }
-    files = {
-        "tokenizer.json": train_bpe(lexicon_text(), 640),
-        "tokenizer_config.json": config,
-    }
-    for name, content in files.items():
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        run.write_text(Path(folder, name), text + "\n")
+    tokenizer = json.dumps(train_bpe(lexicon_text(), 640), indent=1, ensure_ascii=False)
+    run.write_text(Path(folder, "tokenizer.json"), tokenizer + "\n")
+    run.write_json(Path(folder, "tokenizer_config.json"), config, indent=1)
 
 
 # The command --------------------------------------------------------------------------------------
@@ -459,9 +458,8 @@ def main():
     parser.add_argument("folder", nargs="?", help="write its tokenizer into this model folder")
     folder = parser.parse_args().folder
     if folder:
-        write_tokenizer(folder)
-        return
-    for name in [*FAMILIES, *TARGETS]:
+        return write_tokenizer(folder)
+    for name in FAMILIES | TARGETS:
         for row in sample(name, "test", 3):
             print(f"{name:12} {row.prompt}|{row.answer}")
 

@@ -51,25 +51,25 @@ RESPONSE = "### Response:"
 
 def papers(row, evaluation):
     """The authors' prompt up to where the output begins."""
-    has_input = bool(row.get("input"))
-    intro = INTRO.format(WITH_INPUT if has_input else "")
-    if not has_input:
+    given = row.get("input")
+    intro = INTRO.format(WITH_INPUT if given else "")
+    if not given:
         intro += " "
     if not evaluation:
         intro += " "
     blank = "" if evaluation else INDENT
     lines = [intro, "", f"{INDENT}### Instruction:", INDENT + row["instruction"], blank]
-    if has_input:
-        lines += [f"{INDENT}### Input:", INDENT + row["input"], blank]
+    if given:
+        lines += [f"{INDENT}### Input:", INDENT + given, blank]
     lines += [INDENT + RESPONSE, INDENT]
     return "\n".join(lines)
 
 
 def plain(row, evaluation):
-    parts = [row["instruction"]]
+    prompt = f"{row['instruction']}\n\n"
     if row.get("input"):
-        parts.append(row["input"])
-    return "\n\n".join([*parts, ""])
+        prompt += f"{row['input']}\n\n"
+    return prompt
 
 
 TEMPLATES = {"papers": papers, "plain": plain}
@@ -144,12 +144,8 @@ class Task:
         """The papers' limits."""
         return 4 if self.group == "commonsense" else 256
 
-    def render_prompt(self, row: dict, template: str = "papers") -> str:
-        """Training text up to the output."""
-        return TEMPLATES[template](row, evaluation=False)
-
     def render_train(self, row: dict, template: str = "papers") -> str:
-        return self.render_prompt(row, template) + row["output"]
+        return TEMPLATES[template](row, evaluation=False) + row["output"]
 
     def render_eval(self, row: dict, template: str = "papers") -> str:
         """What the model continues. A commonsense answer has its first words given, without a space
@@ -197,7 +193,7 @@ class Task:
         body, _, _ = row["instruction"].rpartition("Answer format:")
         label = self.words[0].rstrip("1").capitalize()  # "Solution1: ... Solution2: ..."
         asked, *texts = [part.strip() for part in re.split(rf"(?<!\w){label}\d:", body)]
-        _, _, question = asked.partition("question: " if self.name == "boolq" else ": ")
+        _, _, question = asked.partition(": ")
         context = self.cloze_form.format(question.strip())
         if self.name == "boolq":
             return [(context, "yes"), (context, "no")]
@@ -241,13 +237,12 @@ GROUPS = {
 
 @run.command
 def main():
-    parser = run.Parser(description="The prompts of a test set, on a made-up row, spaces as dots.")
+    parser = run.Parser(description="A made-up row as it is trained, and as it is evaluated.")
     parser.add_argument("task", nargs="?", default="boolq", choices=TASKS, help="a test set")
     task = TASKS[parser.parse_args().task]
     row = {"instruction": "THE INSTRUCTION", "output": "THE OUTPUT"}
-    print(task.render_train(row).replace(" ", "·"))
-    print("--- and in evaluation:")
-    print(task.render_eval(row).replace(" ", "·"))
+    for text in (task.render_train(row), task.render_eval(row)):
+        print(text.replace(" ", "·"), end="\n---\n")
 
 
 if __name__ == "__main__":

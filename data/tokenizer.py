@@ -52,15 +52,9 @@ from data import run  # noqa: E402
 # JSON holds characters, not bytes. GPT-2's way out: a byte whose Latin-1 character is visible is
 # written as itself, and the other 68 (space, controls, ...) as U+0100, U+0101, ... in turn. So a
 # space is "Ġ" and a newline "Ċ".
-HIDDEN = [byte for byte in range(256) if byte == ord(" ") or not chr(byte).isprintable()]
+HIDDEN = [*range(33), *range(127, 161), 173]  # 173: a hyphen that is not shown
 LETTER = [chr(256 + HIDDEN.index(b)) if b in HIDDEN else chr(b) for b in range(256)]
 BYTE = {ord(letter): byte for byte, letter in enumerate(LETTER)}  # as str.translate takes it
-
-
-def unspell(piece):
-    """Read a piece of the byte alphabet: "Ġthe" -> b" the"."""
-    return piece.translate(BYTE).encode("latin-1")
-
 
 # What all layouts share ---------------------------------------------------------------------------
 
@@ -76,9 +70,10 @@ class Tokenizer:
     and `chat_ids` are those of <|im_start|> and <|im_end|>, between which Qwen's family puts each
     message: None where a file has no such tokens.
 
-    A layout says by `steps` of which files it is, and adds `bytes_of(piece)`, what a piece of the
-    vocabulary stands for, `normalise(text)`, what is done to a text before it is cut into words,
-    and `ranks(vocab, merged)`: what cuts words, and {piece in bytes: ids} in the order of ranks.
+    A layout says by `steps` of which files it is (normalizer, pre_tokenizer, and what of OPTIONS is
+    on), and adds `bytes_of(piece)`, what a piece of the vocabulary stands for, `normalise(text)`,
+    what is done to a text before it is cut into words, and `ranks(vocab, merged)`: what cuts words,
+    and {piece in bytes: ids} in the order of ranks.
     """
 
     def __init__(self, spec, config):
@@ -146,14 +141,13 @@ class Tokenizer:
         Special tokens are left out unless `skip_special` is False. An id that stands for nothing is
         a ValueError.
         """
-        told = []
-        for i in map(index, ids):  # index() takes NumPy's and PyTorch's integers too
-            if i not in self.pieces:
-                raise ValueError(
-                    f"token id {i} is not in the vocabulary, whose size is {self.vocab_size}"
-                )
-            if not (skip_special and i in self.special_ids):
-                told.append(self.pieces[i])
+        skipped = self.special_ids if skip_special else ()
+        try:  # index() takes NumPy's and PyTorch's integers too
+            told = [self.pieces[i] for i in map(index, ids) if i not in skipped]
+        except KeyError as error:
+            raise ValueError(
+                f"token id {error} is not in the vocabulary, whose size is {self.vocab_size}"
+            ) from None
         return b"".join(told).decode("utf-8", errors="replace")
 
 
@@ -170,8 +164,6 @@ def joined(merges, vocab):
 
 
 # Byte-level: OLMoE, Qwen3, GPT-NeoX, ours ---------------------------------------------------------
-
-NO_TEXT = {0xC0, 0xC1, *range(0xF5, 256)}  # bytes that UTF-8 never uses
 
 # How text is cut into words. GPT-2's: English contractions, letters, digits, everything else; all
 # but contractions may begin with one space. White space before a word stops one short: a last space
@@ -203,39 +195,38 @@ QWEN_CUT = {
 class ByteLevel(Tokenizer):
     """BPE over bytes, in words that a regular expression cuts. Decodes to the text's NFC."""
 
-    steps = (NFC, GPT2_CUT, False)
+    steps = (NFC, GPT2_CUT, [])
     pattern = GPT2
 
     def ranks(self, vocab, merged):
         self.bos_id = None  # this layout puts none before a text, whatever config.json names so
-        letters = [LETTER[byte] for byte in range(256) if byte not in NO_TEXT]
-        table = {unspell(piece): [vocab[piece]] for piece in letters + merged}
+        letters = LETTER[:0xC0] + LETTER[0xC2:0xF5]  # the bytes that UTF-8 uses
+        table = {self.bytes_of(piece): [vocab[piece]] for piece in letters + merged}
 
         # OLMoE has an added token for each run of 2 to 24 spaces. The library cuts these out, the
-        # longest first, before its regular expression is tried. Here they are the first branch of
-        # the expression (as special tokens tiktoken would try them in no fixed order), and white
-        # space must not reach into a run. They shadow the pieces of two and more spaces that the
-        # merges make too: OLMoE's ids 245, 252, ...
-        runs = sorted(text for text in self.added if not text.strip(" "))
+        # longest first, before its regular expression is tried. Here they are a branch of the
+        # expression (as special tokens tiktoken would try them in no fixed order): a word takes at
+        # most one space, and white space must not reach into a run. They shadow the pieces of two
+        # and more spaces that the merges make too: OLMoE's ids 245, 252, ...
+        runs = sorted(text for text in self.added if re.fullmatch(" +", text))
         if not runs:
             return self.pattern, table
-        longest = len(runs) + 1
-        if self.pattern != GPT2 or runs != [" " * length for length in range(2, longest + 1)]:
-            raise ValueError(
-                "added runs of spaces must have each length from 2 up, and words be GPT-2's"
-            )
+        if self.pattern != GPT2 or " " in runs:
+            raise ValueError("added spaces must be two or more, where words are GPT-2's")
         table |= {spaces.encode(): [self.added[spaces]] for spaces in runs}
-        return rf" {{2,{longest}}}|{WORDS}|(?:(?! {{2}})\s(?!\S))+|\s", table
+        longest_first = "|".join(reversed(runs))
+        return rf"{WORDS}|{longest_first}|(?:(?!{runs[0]})\s(?!\S))+|\s", table
 
     def bytes_of(self, piece):
-        return unspell(piece)
+        """Read a piece of the byte alphabet: "Ġthe" -> b" the"."""
+        return piece.translate(BYTE).encode("latin-1")
 
     def normalise(self, text):
         return unicodedata.normalize("NFC", text)
 
 
 class Qwen(ByteLevel):
-    steps = (NFC, QWEN_CUT, False)
+    steps = (NFC, QWEN_CUT, [])
     pattern = QWEN
 
 
@@ -260,7 +251,7 @@ class SentencePiece(Tokenizer):
     the vocabulary) has no id: it stands for the ids of its bytes.
     """
 
-    steps = (SPACES_MARKED, None, True)
+    steps = (SPACES_MARKED, None, ["byte_fallback"])
 
     def ranks(self, vocab, merged):
         table = {data: [vocab[name]] for name, data in BYTE_NAMES.items()}
@@ -305,8 +296,8 @@ class SentencePiece(Tokenizer):
 
 # Loading ------------------------------------------------------------------------------------------
 
-# What else a BPE may do than join symbols by its merges: all of it is refused.
-EXTRAS = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
+# What else a BPE may do than join symbols by its merges.
+OPTIONS = ["byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"]
 SUPPORTED = (
     "supported are byte-level BPE as OLMoE's (normalizer NFC, pre_tokenizer ByteLevel with "
     "use_regex, without add_prefix_space) or as Qwen3's (its Split before), and sentencepiece BPE "
@@ -328,19 +319,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return layout_of(spec)(spec, config)
     except ValueError as error:
         cause = error
-    except KeyError as error:
-        cause = f"{run.shown(error.args[0])} is missing"
-    except (AttributeError, TypeError):
-        cause = "vocab, merges or added_tokens is not of the form that it must be"
+    except (AttributeError, KeyError, TypeError) as error:
+        cause = f"vocab, merges or added_tokens is not as it must be ({error!r})"
     raise ValueError(f"{path}: {cause}; copy or download it again")
 
 
 def layout_of(spec):
     model, normalizer, cut = (spec.get(key) for key in ("model", "normalizer", "pre_tokenizer"))
-    if model.get("type") == "BPE" and not any(model.get(key) for key in EXTRAS):
-        for layout in (ByteLevel, Qwen, SentencePiece):
-            if layout.steps == (normalizer, cut, bool(model.get("byte_fallback"))):
-                return layout
+    options = [key for key in OPTIONS if model.get(key)]
+    for layout in (ByteLevel, Qwen, SentencePiece):
+        if model.get("type") == "BPE" and layout.steps == (normalizer, cut, options):
+            return layout
     raise ValueError(
         f"found model {run.shown(model)}, normalizer {run.shown(normalizer)}, "
         f"pre_tokenizer {run.shown(cut)}; {SUPPORTED}"
@@ -403,7 +392,7 @@ def learn_merges(counts, most):
     pieces = list(LETTER)  # how each symbol is spelled
     words = [(word.encode().decode("latin-1"), times) for word, times in counts.items()]
     merges = []
-    while len(merges) < most:
+    for _ in range(most):
         pairs = Counter()
         for word, times in words:
             for left, right in pairwise(word):

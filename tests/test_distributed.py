@@ -119,11 +119,11 @@ def script():
     build, counts, fsync, seen = train.build, train.expert_counts, os.fsync, {}
 
     def watched_build(*args):
-        built = build(*args)
-        parameters = list(built.model.parameters())
+        model = build(*args)
+        parameters = list(model.parameters())
         held = sum(processes.held(p.detach())[0].nbytes for p in parameters)
         seen[case]["held"] = held / sum(p.nbytes for p in parameters)
-        return built
+        return model
 
     def watched_counts(routing, mask):
         seen[case]["counts"].append(counts(routing, mask).tolist())

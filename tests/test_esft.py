@@ -645,7 +645,7 @@ def test_experts_are_chosen_on_the_way_in(base, fused, tmp_path):
     make_model(base).save_pretrained(tmp_path / "ours")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs", save_original_format=not fused)
-    names = hub.Checkpoint(tmp_path / "theirs").names
+    names = hub.Tensors(tmp_path / "theirs").names
     assert any(name.endswith(".experts.gate_up_proj") for name in names) == fused
     edit = partial(apply_esft, chosen=CHOSEN)
     model = MoETransformer.from_pretrained(tmp_path / "theirs", edit=edit)
@@ -878,9 +878,9 @@ WEIGHTS = "expert_weights.safetensors"
         ),
         (
             lambda c: c["experts"].update({"2": [1]}),
-            "expert_cfg.json: experts are not given for each of the model's 2 layers",
+            "expert_cfg.json: not given for each of the model's 2 layers",
         ),
-        (lambda c: c["experts"].pop("1"), "expert_cfg.json: experts .* 2 layers"),
+        (lambda c: c["experts"].pop("1"), "expert_cfg.json: .* 2 layers"),
         (lambda c: c["experts"].update({"1": None}), "expert_cfg.json: layer 1: None is no list"),
         (
             lambda c: c.update(experts=[[1], [2]]),

@@ -17,6 +17,7 @@ each life of a run; and of a run of two processes, each of those two, behind tor
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -235,7 +236,14 @@ def test_a_run_of_two_processes_of_which_one_is_killed_ends_as_one_that_was_not(
         rank = rng.randrange(2)
         # the second process only steps, which is a moment of a run too
         moment = rng.randrange(1, 5) if rank else rng.randrange(1, MOMENTS)
-        kills -= live("killed", rank, moment).returncode != 0
+        life = live("killed", rank, moment)
+        if life.returncode != 0:
+            kills -= 1
+            # what the other one says is a line, and torchrun's report, which comes last, quotes it
+            assert "[rank" not in life.stderr, life.stderr
+            report = life.stderr.partition("ChildFailedError")[2]
+            assert re.search("traceback : (error: another process is gone|stopped)", report)
+            assert "SIGKILL" in report
     ends.append(live("killed"))
     for end in ends:
         assert end.returncode == 0, end.stderr[-3000:]

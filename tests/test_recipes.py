@@ -49,8 +49,7 @@ def base(tmp_path_factory):
 
 def in_force(base, variant, *flags):
     args = arguments(base, "--data", "rows.json", *flags, variant=variant)
-    config = Config.from_folder(base)
-    return vars(args) | {"alpha": train.settings_of(args, config, dataset.Data(None)).get("alpha")}
+    return vars(args)
 
 
 @pytest.mark.parametrize("variant", OF_METHOD)
@@ -88,7 +87,7 @@ WARNED = {"perft_e": "perft_paper", "esft_gate": "esft_paper", "full": "perft_pa
 @pytest.mark.parametrize("variant", train.VARIANTS)
 def test_the_warning_on_a_real_base_names_the_recipes_that_the_variant_takes(base, variant):
     """Every recipe that it names is taken, and every other refused."""
-    notes = "\n".join(train.advice(arguments(base, variant=variant), 10_000))
+    notes = "\n".join(train.advice(arguments(base, variant=variant)))
     if variant == "scratch":
         assert "--recipe" not in notes
         return
@@ -145,8 +144,8 @@ grouped_flops._get_raw = True  # torch hands over the tensors, not their shapes
 
 
 def counted(model, labels):
-    """Operations of a step's products, by torch, and the choices. Attention is written out: here
-    every token is multiplied with all T keys, also with those that are masked."""
+    """A batch, the operations of its step's products by torch, and the choices. Attention is
+    written out: here every token is multiplied with all T keys, also with those that are masked."""
     ids = torch.randint(SIZES["vocab_size"], (B, T), generator=torch.Generator().manual_seed(0))
     targets = ids.clone()
     targets[:, : T - labels] = -100
@@ -158,7 +157,8 @@ def counted(model, labels):
         output = model.train()(ids, labels=targets)
         output.loss.backward()
     counts = torch.stack([train.expert_counts(routing) for routing in output.routings])
-    return counter.get_total_flops(), counts
+    batch = dataset.Batch(ids, targets, torch.ones(B, T, dtype=torch.bool))
+    return batch, counter.get_total_flops(), counts
 
 
 # Of the lowest layer, where the embeddings are frozen: the weights (and keys) of which nobody asks
@@ -179,9 +179,9 @@ LOWEST = {
 @pytest.mark.parametrize("labels", [T, 9])
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("variant", LOWEST)
-def test_the_operations_of_a_token_are_those_that_torch_counts(variant, family, labels):
-    """All of them, within 1 in 10,000, but for those that the lowest layer is spared, which are
-    known."""
+def test_the_operations_of_a_step_are_those_that_torch_counts(variant, family, labels):
+    """All of them, within 1 in 10,000, but for those that the lowest layer is spared and those with
+    masked keys, which are known."""
     torch.manual_seed(0)
     model = MoETransformer(Config(**SIZES, model_type=family))
     if variant == "esft":
@@ -189,13 +189,13 @@ def test_the_operations_of_a_token_are_those_that_torch_counts(variant, family, 
     else:
         options = {} if variant == "full" else {"rank": R, "dropout": 0.0}
         model = perft.apply_perft(model, variant, **options)
-    flops, counts = counted(model, labels)
-    seen = min(labels, T - 1) / T  # the first token is nobody's label
-    ours = train.flops_per_token(model, counts, seen, T)
-    assert ours - 2 * LOWEST[variant] == pytest.approx(flops / (B * T), rel=1e-4)
+    batch, flops, counts = counted(model, labels)
+    masked = 6 * 2 * B * T * (T - 1) / 2 * 3 * WIDTH  # 6 products, pairs of tokens, layers
+    ours = train.flops_of_step(model, batch, counts) + masked
+    assert ours - 2 * LOWEST[variant] * B * T == pytest.approx(flops, rel=1e-4)
 
 
-def test_the_share_of_the_peak_is_speed_times_operations_by_the_devices_peak(monkeypatch):
+def test_the_share_of_the_peak_is_operations_by_seconds_and_the_devices_peak(monkeypatch):
     """An H100 by its name; the batch's labels, padding and keys by hand; nothing on a CPU, nor on
     a device that nobody knows."""
     model = MoETransformer(Config(**SIZES))
@@ -206,7 +206,9 @@ def test_the_share_of_the_peak_is_speed_times_operations_by_the_devices_peak(mon
     mask = torch.ones(2, 10, dtype=torch.bool)
     mask[1, 6:] = False
     batch, counts = dataset.Batch(ids, labels, mask), torch.ones(3, 8)
-    keys = sum([*range(1, 11), *range(1, 7)]) / 16
+    keys = sum([*range(1, 11), *range(1, 7)])
+    met = 3 * (QKV + WIDTH * 64 + 8 * 64 + 3 * 3 * 48 * 64)  # in 3 layers, by one of 16 tokens
+    flops = 6 * (16 * met + 3 * 96 * 64) + 12 * keys * 3 * WIDTH
     devices = {
         "cuda": "NVIDIA H100 80GB HBM3",
         "cuda:1": "NVIDIA H100 PCIe",
@@ -214,12 +216,11 @@ def test_the_share_of_the_peak_is_speed_times_operations_by_the_devices_peak(mon
         "cuda:3": "Some Device",
     }
     monkeypatch.setattr(torch.cuda, "get_device_name", devices.get)
-    assert [train.peak_of(device) for device in devices] == [989e12, 756e12, 312e12, None]
-    share = train.share_of_peak(model, batch, counts, "cuda", 1e5)
-    flops = train.flops_per_token(model, counts, 3 / 16, keys)
-    assert share == pytest.approx(1e5 * flops / 989e12)
-    assert train.share_of_peak(model, batch, counts, "cuda:3", 1e5) is None
-    assert train.share_of_peak(model, batch, counts, "cpu", 1e5) is None
+    for device, peak in zip(devices, (989e12, 756e12, 312e12)):
+        share = train.share_of_peak(model, batch, counts, device, 0.25)
+        assert share == pytest.approx(4 * flops / peak)
+    assert train.share_of_peak(model, batch, counts, "cuda:3", 0.25) is None
+    assert train.share_of_peak(model, batch, counts, "cpu", 0.25) is None
 
 
 @pytest.mark.parametrize(("speed", "share"), [(67_000, 0.335), (97_000, 0.485)])
@@ -229,13 +230,22 @@ def test_the_share_of_olmoe_is_the_one_that_published_numbers_are_compared_with(
     with torch.device("meta"):
         model = MoETransformer(make_config(perft.OLMOE_1B_7B, Config))
         perft.apply_perft(model, "perft_r")
-    flops = train.flops_per_token(model, torch.ones(16, 64), 1.0, 512)
-    assert speed * flops / 989e12 == pytest.approx(share, abs=0.005)
+    ids = torch.zeros(1, 1024, dtype=torch.int64)
+    flops = train.flops_of_step(model, dataset.Batch(ids, ids, ids == 0), torch.ones(16, 64))
+    assert speed * flops / 1024 / 989e12 == pytest.approx(share, abs=0.005)
 
 
-def test_the_share_stands_in_the_line_of_a_step_where_it_is_known():
-    record = dict.fromkeys("cross_entropy balance lr grad_norm".split(), 1.0)
-    record |= {"tokens_per_second": 1e5, "memory": 1e9, "largest_load": 0.1, "peak_share": 0.2834}
-    line = train.step_text(3, record)
-    assert line.endswith("   28.3 % of the peak")
-    assert line == train.step_text(3, record | {"peak_share": None}) + "   28.3 % of the peak"
+def test_the_share_stands_in_the_line_of_a_step_where_it_is_known(
+    base, tmp_path, monkeypatch, capsys
+):
+    """One line with, one without, as if the device were known at the second step only."""
+    known = iter([None, 0.2834])
+    monkeypatch.setattr(train, "share_of_peak", lambda *words: next(known))
+    flags = ["--variant", "perft_s", "--base", base, "--out", tmp_path / "run", "--steps", 2]
+    flags += ["--log_every", 1, "--eval_rows", 1, "--batch_size", 2, "--train_rows", 4]
+    train.main([str(word) for word in flags])
+    lines = re.findall(r"^ +\d .* GB +\S+(.*)$", capsys.readouterr().out, re.M)
+    assert ["28.3 % of the peak" in line for line in lines] == [False, True]
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    shares = [json.loads(line).get("peak_share", "") for line in logged if '"step"' in line]
+    assert shares == [None, 0.2834]

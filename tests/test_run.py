@@ -98,13 +98,14 @@ def test_what_is_no_file_is_named_and_not_opened(tmp_path, monkeypatch):
     path.write_text(json.dumps({"a": "x" * 100}))
     assert run.read_json(path)
     monkeypatch.setattr(run, "LARGEST_JSON", 100)
-    fault(lambda: run.read_json(path), path, "109 bytes", "more than any file of its kind")
+    fault(lambda: run.read_json(path), path, "more bytes than any file of its kind")
 
 
 def test_a_line_of_a_file_is_named_like_a_file():
     """parse_json takes any place: the file, or the file and the line."""
     assert run.parse_json("[1]", "rows.jsonl:3") == [1]
-    fault(lambda: run.parse_json("[1", "rows.jsonl:3"), "rows.jsonl:3: not valid JSON")
+    said = fault(lambda: run.parse_json("[1", "rows.jsonl:3"), "rows.jsonl:3: not valid JSON")
+    assert "line 1" not in said
 
 
 SHOWN = [
@@ -294,9 +295,11 @@ def test_a_number_out_of_range_is_told_with_its_bounds(flag, value, words, capsy
     assert said.endswith("; see --help\n") and said.count("\n") == 1
 
 
-def test_a_number_of_more_digits_than_python_takes_is_told_too(capsys):
+def test_a_number_of_more_digits_than_python_or_a_float_takes_is_told_too(capsys):
     said = refused(make_parser(), ["--rank", "9" * 5000], capsys)
     assert said.startswith("train.py: error: argument --rank: invalid whole number value")
+    said = refused(make_parser(), ["--rank", "9" * 400], capsys)
+    assert "is out of range" in said and said.count("\n") == 1
 
 
 def test_flags_are_not_abbreviated(capsys):

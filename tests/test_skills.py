@@ -19,7 +19,6 @@ from data.skills import (
     SHARES,
     TARGETS,
     Row,
-    correct,
     is_test,
     lexicon_text,
     mixture,
@@ -29,7 +28,7 @@ from data.skills import (
 from data.tokenizer import load_tokenizer, train_bpe
 
 EVERYTHING = [*FAMILIES, *TARGETS]
-WORLD = 2627219703  # the checksum of the world that data/tiny_olmoe was trained on
+WORLD = 13990945  # the checksum of the world that data/tiny_olmoe was trained on
 PARENT = {
     "kinship_new": "kinship",
     "lexicon_new": "translate",
@@ -87,9 +86,11 @@ def test_the_world_stays_as_it_was_when_the_base_model_was_trained():
     tables = repr(
         (skills.LEXICON, skills.LEXICON_NEW, skills.KIN_NEW, skills.CIPHER, skills.CIPHER_NEW)
     )
-    everything = tables + repr(
-        [sample(name, split, 20) for name in [*FAMILIES, *PARENT] for split in ("train", "test")]
-    )
+    everything = tables
+    for name in [*FAMILIES, *PARENT]:
+        for split in ("train", "test"):
+            rows = sample(name, split, 20)
+            everything += repr([(row.family, row.prompt, row.answer) for row in rows])
     assert zlib.crc32(everything.encode()) == WORLD, (
         "the world has changed: train data/tiny_olmoe again, then this sum"
     )
@@ -158,17 +159,6 @@ def test_a_family_is_large_and_no_answer_dominates(name):
         assert answers.setdefault(row.prompt, row.answer) == row.answer, "one prompt has one answer"
     commonest = Counter(row.answer for row in drawn).most_common(1)[0][1] / len(drawn)
     assert commonest < (0.55 if name == "logic" else 0.25), commonest
-
-
-def test_correct_is_an_exact_match_up_to_outer_spaces():
-    row = Row("sort", "sort : b a ->", " a b")
-    assert correct(" a b", row) and correct("a b\n", row)
-    assert (
-        not correct(" a", row)
-        and not correct(" a b c", row)
-        and not correct(" ab", row)
-        and not correct("", row)
-    )
 
 
 # Answers, a second time ---------------------------------------------------------------------------
@@ -296,10 +286,19 @@ def test_day_by_walking_through_the_week(rows):
         assert row.answer.strip() == walk[walk.index(start) + int(days)]
 
 
-def test_logic_is_what_python_says(rows):
+def test_logic_by_replacing_what_is_known_until_one_word_is_left(rows):
+    """ "not" binds closest, then "and", then "or"; brackets first, from the inside."""
+
+    def without_brackets(text):
+        text = text.replace("not true", "no").replace("not false", "yes")
+        text = text.replace("true", "yes").replace("false", "no")
+        return "true" if any("no" not in part for part in text.split(" or ")) else "false"
+
     for row in rows["logic"]:
-        python = body(row).replace("true", "True").replace("false", "False")
-        assert row.answer.strip() == str(eval(python)).lower()
+        text = body(row)
+        while "(" in text:
+            text = re.sub(r"\( ([^()]*) \)", lambda inner: without_brackets(inner[1]), text)
+        assert row.answer.strip() == without_brackets(text)
 
 
 def test_add_and_mod_are_arithmetic(rows):
@@ -351,7 +350,7 @@ def test_quiz_has_one_right_choice(rows):
     for row in rows["quiz"]:
         question, _, options = body(row).partition(" ? ")
         options = options.split(" , ")
-        assert row.choices == tuple(" " + option for option in options) and len(set(options)) == 3
+        assert len(set(options)) == 3
         subject = re.sub(r"^(which is a|where is the|what color is) ", "", question)
         if question.startswith("which"):
             right = [option for option in options if kind[option] == subject]
@@ -364,7 +363,6 @@ def test_quiz_has_one_right_choice(rows):
         assert right == [row.answer.strip()]
         asked[options.index(right[0])] += 1
     assert min(asked.values()) > 0.28 * sum(asked.values()), "the right choice stands anywhere"
-    assert not any(row.choices for name in EVERYTHING for row in rows[name] if name != "quiz")
 
 
 # What is held out ---------------------------------------------------------------------------------
@@ -377,7 +375,7 @@ def test_the_model_before_fine_tuning_scores_nothing(name):
         prompt, new = TARGETS[name](random.Random(seed))
         asked, old = FAMILIES[PARENT[name]](random.Random(seed))
         assert prompt.replace(" not ", " ") == asked
-        assert not correct(old, Row(name, prompt, new))
+        assert old != new
         new, old = new.split(), old.split()
         if name == "order_new":
             subject, thing, verb = old
@@ -413,6 +411,19 @@ def test_no_validation_row_is_trained_on_or_stands_in_a_table(name):
     assert not prompts & {row.prompt for row in sample(name, "test", 500)}
     assert not prompts & {row.prompt for row in sample(name, "train", 2000)}
     assert validation == sample(name, "validation", 90)
+
+
+def test_no_two_lists_of_invented_words_share_one():
+    """Two of sixteen syllables: all 256 words, each in one list; tenses are one syllable."""
+    lists = [skills.KIN_NEW.values(), skills.FREE_WORDS]
+    for lexicon in (skills.LEXICON, skills.LEXICON_NEW):
+        assert all(lexicon[tense] in skills.SYLLABLES for tense in skills.TENSES)
+        lists.append([lexicon[word] for word in skills.NOUNS + skills.VERBS])
+    words = [word for some in lists for word in some]
+    two = {first + second for first in skills.SYLLABLES for second in skills.SYLLABLES}
+    assert len(words) == 256 and set(words) == two
+    tenses = [lexicon[t] for lexicon in (skills.LEXICON, skills.LEXICON_NEW) for t in skills.TENSES]
+    assert len({*tenses, skills.NEGATION}) == 7
 
 
 def test_new_words_are_never_seen_in_pre_training():

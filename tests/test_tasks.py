@@ -60,7 +60,6 @@ def test_the_papers_training_text_is_theirs_byte_for_byte(name):
         f"{S}### Response:\n"
         f"{S}"
     )
-    assert TASKS[name].render_prompt(row) == without
     assert TASKS[name].render_train(row) == without + "the answer\nis 7"
     del row["input"]
     trained = TASKS[name].render_train(row)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from data.tokenizer import LETTER, QWEN_CUT, ByteLevel, load_tokenizer, train_bpe, unspell
+from data.tokenizer import LETTER, QWEN_CUT, ByteLevel, load_tokenizer, train_bpe
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -402,9 +402,10 @@ def spell(data: bytes) -> str:
     return "".join(LETTER[byte] for byte in data)
 
 
-def test_the_byte_alphabet_spells_every_byte_its_own_way():
+def test_the_byte_alphabet_spells_every_byte_its_own_way(learned, tmp_path):
     everything = bytes(range(256))
-    assert unspell(spell(everything)) == everything and len(set(spell(everything))) == 256
+    ours = load_tokenizer(write(tmp_path, learned))
+    assert ours.bytes_of(spell(everything)) == everything and len(set(spell(everything))) == 256
     assert sorted(spell(everything)) == sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -487,13 +488,28 @@ def test_runs_of_spaces_are_taken_from_the_file(learned, tmp_path):
     ours, reference = with_library(write(tmp_path, spec))
     assert_same((ours, reference), [*TEXTS, *runs_of_spaces(), *random_texts(seed=7, count=500)])
     assert ours.encode("x      y")[1] == 515
-    with pytest.raises(ValueError, match="runs of spaces must have each length from 2 up"):
-        load_tokenizer(
-            write(tmp_path, spec | {"added_tokens": [run for run in runs if run["id"] != 514]})
-        )
-    with pytest.raises(ValueError, match="runs of spaces must have each length from 2 up"):
-        one = {**runs[0], "id": 700, "content": " "}
-        load_tokenizer(write(tmp_path, spec | {"added_tokens": [one, *runs]}))
+
+
+@pytest.mark.parametrize("lengths", [(4,), (3, 7), (2, 3, 5, 12)])
+def test_runs_of_spaces_may_have_any_lengths(lengths, learned, tmp_path):
+    added = learned["added_tokens"]
+    runs = [
+        {**added[0], "id": 512 + i, "content": " " * n, "special": False}
+        for i, n in enumerate(lengths)
+    ]
+    spec = learned | {"added_tokens": [*added, *runs]}
+    pair = with_library(write(tmp_path, spec))
+    assert_same(pair, [*TEXTS, *runs_of_spaces(), *random_texts(seed=9, count=1000)])
+    one = {**runs[0], "content": " "}
+    for change in ({"pre_tokenizer": QWEN_CUT}, {"added_tokens": [*added, one]}):
+        message = refused(write(tmp_path, spec | change))
+        assert "added spaces must be two or more, where words are GPT-2's" in message
+
+
+def test_an_added_token_of_no_letters_is_in_no_text(learned, tmp_path):
+    empty = {**learned["added_tokens"][0], "id": 600, "content": ""}
+    spec = learned | {"added_tokens": [*learned["added_tokens"], empty]}
+    assert_same(with_library(write(tmp_path, spec)), TEXTS)
 
 
 def test_the_embedded_model_has_the_librarys_ids():
@@ -560,14 +576,14 @@ def test_a_vocabulary_with_holes_is_refused(learned, made, tmp_path):
     model = learned["model"]
     without = {piece: i for piece, i in model["vocab"].items() if piece != "e"}
     holes = learned | {"model": model | {"vocab": without}}
-    assert '"e" is missing' in refused(write(tmp_path, holes))
+    assert "KeyError('e')" in refused(write(tmp_path, holes))
     merges = learned | {"model": model | {"merges": [*model["merges"], "qz q"]}}
     message = refused(write(tmp_path, merges))
     assert 'the merge "qz q" makes no piece of the vocabulary' in message
     model = made["model"]
     without = {piece: i for piece, i in model["vocab"].items() if piece != "<0x7F>"}
     holes = made | {"model": model | {"vocab": without}}
-    assert '"<0x7F>" is missing' in refused(write(tmp_path, holes))
+    assert "KeyError('<0x7F>')" in refused(write(tmp_path, holes))
 
 
 def test_spaces_inside_a_piece_or_merged_early_are_refused(made, tmp_path):
@@ -605,7 +621,7 @@ def nested(depth):
 
 
 # What was done to a file -> the file, and what the error says of it. `spec` is of either layout.
-FORM = "vocab, merges or added_tokens is not of the form"
+FORM = "vocab, merges or added_tokens is not as it must be"
 DAMAGES = {
     "a merge is null": (lambda spec: with_merge(spec, None), FORM),
     "a merge is a number": (lambda spec: with_merge(spec, 5), FORM),
@@ -631,11 +647,11 @@ DAMAGES = {
         lambda spec: spec | {"added_tokens": {"id": 0}},
         "expected a list",
     ),
-    "no special": (lambda spec: with_token(spec, special=...), '"special" is missing'),
-    "no content": (lambda spec: with_token(spec, content=...), '"content" is missing'),
+    "no special": (lambda spec: with_token(spec, special=...), "KeyError('special')"),
+    "no content": (lambda spec: with_token(spec, content=...), "KeyError('content')"),
     "content is a list": (lambda spec: with_token(spec, content=["<s>"]), FORM),
     "half a character": (lambda spec: with_token(spec, content="\ud800", id=700), "surrogates"),
-    "no id": (lambda spec: with_token(spec, id=...), '"id" is missing'),
+    "no id": (lambda spec: with_token(spec, id=...), "KeyError('id')"),
     "an added id is a list": (lambda spec: with_token(spec, id=[1]), "has the id [1]"),
     "a huge added id": (lambda spec: with_token(spec, id=2**33), "has the id 8589934592"),
     "another's id": (

@@ -443,7 +443,8 @@ def test_three_steps_equal_three_steps_written_out_by_hand(run, base, case):
     args = arguments(base, *SHORT, *flags, variant=variant)
     config, tokenizer = eval.load_config(args.base)
     data = dataset.load_data(args, tokenizer, config.max_position_embeddings)
-    model = train.build(args, config, tokenizer, data).model
+    edit, _, _ = train.plan(args, config, tokenizer, data)
+    model = train.build(args, config, edit)
     lengths = {}
     for row in skills.sample(args.task, "train", 20, 5):
         prompt, answer = tokenizer.encode(row.prompt), tokenizer.encode(row.answer)
@@ -694,7 +695,7 @@ def test_adapters_that_are_attached_but_inert_stop_the_run_at_a_line_of_the_log(
     run, monkeypatch, tmp_path, variant, breakage, log_every
 ):
     """Two real faults, built into the adapter: its output no longer leads back to it. The error
-    names the tensors, at the first line of the log from the second step on."""
+    names the first tensor, at the first line of the log from the second step on."""
     name = "beside_experts" if variant == "perft_e" else "forward"
     real, calls = getattr(perft.Adapters, name), []
 
@@ -712,9 +713,9 @@ def test_adapters_that_are_attached_but_inert_stop_the_run_at_a_line_of_the_log(
     with pytest.raises(SystemExit) as stopped:
         run(variant, *flags)
     message = stopped.value.code
-    assert re.match(r"error: \d trainable tensors never had a gradient: ", message)
+    layer = 0 if "every" in breakage else 1
+    assert message.startswith(f"error: layers.{layer}.moe.adapters.A trains and never had a grad")
     assert "inert" in message and message.count("\n") == 0
-    assert "layers.1.moe.adapters.A" in message or "every" in breakage
     folder = tmp_path / "run"
     assert [line["step"] for line in metrics(folder, "step")] == ([1, 2] if log_every == 1 else [3])
     assert not (folder / "adapter_model.safetensors").exists()
@@ -1074,7 +1075,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_no_adapter(run, tmp_p
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
     with pytest.raises(SystemExit) as stopped:  # finite in its one step, and no number after it
         run("perft_s", "--lr", 1e38, "--steps", 1, "--warmup", 1, "--init", "lora", out="last")
-    said = r"error: \d trained tensors are not finite, layers\.0\.moe\.adapters\.\w is one: .*--lr"
+    said = r"error: layers\.0\.moe\.adapters\.\w is not finite after training; lower --lr"
     assert re.fullmatch(said, stopped.value.code)
     assert not (tmp_path / "last" / "adapter_model.safetensors").exists()
 
@@ -1108,15 +1109,17 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(run, base, tmp_
     assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_chosen_experts_that_no_token_reached_are_not_called_inert(base):
-    """A layer is excused from the check exactly while its chosen experts got no token."""
+def test_chosen_experts_that_few_tokens_reached_are_not_called_inert(base):
+    """A layer is excused from the check exactly while its chosen experts got less than 100 tokens;
+    the last one always."""
     model = apply_esft(MoETransformer.from_pretrained(base), [[0]] * L)
     optimizer = train.make_optimizer(model, SimpleNamespace(lr=1.0, weight_decay=0.0, beta2=0.9))
-    nobody = torch.ones(L, E)
-    nobody[:, 0] = 0
-    train.check_inert(model, optimizer, nobody)
+    few = torch.full((L, E), 1000)
+    few[:-1, 0] = 99
+    train.check_inert(model, optimizer, few)
+    few[0, 0] = 100
     with pytest.raises(ValueError, match="attached but inert"):
-        train.check_inert(model, optimizer, torch.ones(L, E))
+        train.check_inert(model, optimizer, few)
 
 
 # The papers' recipe ------------------------------------------------------------------------------
