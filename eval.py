@@ -64,6 +64,7 @@ from model import DTYPES, EMBEDDED, Config, MoETransformer
 SKILLS = [*skills.TARGETS, *skills.FAMILIES]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVAL_FILES = ("settings.json", "results.json", "predictions.jsonl")  # of a folder RUN/eval_METHOD
+NOT_FINITE = "the model's logits are not finite: did its training diverge?"
 # What a run folder may hold beside config.json and metrics.jsonl: what --overwrite removes.
 RUN_FILES = (
     "state.safetensors",
@@ -76,6 +77,8 @@ RUN_FILES = (
     esft.PICTURE,
     "model/config.json",
     "model/model.safetensors",
+    "model/tokenizer.json",
+    "model/tokenizer_config.json",
     *(f"eval_generate/{name}" for name in EVAL_FILES),
     *(f"eval_likelihood/{name}" for name in EVAL_FILES),
 )
@@ -95,7 +98,10 @@ def is_right(model, tokenizer, rows, batch_size=128):
         for start in range(0, len(rows), batch_size):
             batch = examples[start : start + batch_size]
             ids, labels, _ = pad_batch(batch, tokenizer.pad_id, model.norm.weight.device)
-            predicted = model(ids).logits[:, :-1].argmax(-1)  # (B, T-1)
+            logits = model(ids).logits
+            if logits.isnan().any():
+                raise ValueError(NOT_FINITE)
+            predicted = logits[:, :-1].argmax(-1)  # (B, T-1)
             hit = (predicted == labels[:, 1:]) | (labels[:, 1:] == -100)
             right += hit.all(-1).tolist()
     finally:
@@ -317,7 +323,7 @@ def log_likelihoods(model, requests):
     losses = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
     scores = -losses.view_as(ids).sum(-1)
     if scores.isnan().any():
-        raise ValueError("the model's logits are not finite: did its training diverge?")
+        raise ValueError(NOT_FINITE)
     return scores.tolist()
 
 
@@ -612,7 +618,7 @@ def make_parser():
     add("--base", default=str(EMBEDDED), metavar="DIR", help="model folder (%(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="of the base (%(default)s)")
     add("--device", type=device, default=DEVICE, metavar="NAME", help="(%(default)s)")
-    add("--threads", type=count, metavar="N", help="of the CPU (embedded model: 1)")
+    add("--threads", type=run.threads, metavar="N", help="of the CPU (embedded model: 1)")
 
     group = parser.add_argument_group("one answer")
     add = group.add_mutually_exclusive_group().add_argument
@@ -643,14 +649,14 @@ def make_parser():
     )
     add(
         "--max_new_tokens",
-        type=count,
+        type=number(int, 1, most=10**6),
         default=32,
         metavar="N",
         help="(%(default)s; test sets: the papers' 4 or 256)",
     )
     add(
         "--num_beams",
-        type=count,
+        type=number(int, 1, most=1000),
         default=1,
         metavar="N",
         help="(%(default)s: no search; test sets: the papers' 4)",

@@ -82,6 +82,7 @@ TASKS = (*skills.TARGETS, *skills.FAMILIES)
 # choices that are not every variant's
 DTYPES_OF = {"float32": VARIANTS, "bfloat16": KEEP_THE_BASE}
 WHOLE = number(int, 0, most=2**63 - 1)
+ROWS_DRAWN = number(int, 1, most=10**7)  # they are all held in memory
 BETA = number(float, 0, most=0.999999)
 SHARE = number(float, 0, above=True, most=1)
 
@@ -158,15 +159,15 @@ FLAGS = [
         variant=Flag(VARIANTS, None, "what trains"),
         base=Flag("DIR", None, "model folder (the embedded data/tiny_olmoe)"),
         device=Flag("NAME", eval.DEVICE, "where"),
-        threads=Flag(count, 1, "of the CPU"),
+        threads=Flag(run.threads, 1, "of the CPU"),
         dtype=Flag(DTYPES_OF, "float32", "of the base"),
         data=Flag("FILE", None, "rows of a file, no task; with --help: their flags", WITH_ROWS),
     ),
     group(
         TASK,
         task=Flag(TASKS, skills.DEFAULT_TARGET, "what to learn", WITH_ROWS),
-        train_rows=Flag(count, 4000, "to draw", WITH_ROWS),
-        eval_rows=Flag(count, 500, "test rows of the task, a fifth of it for each family"),
+        train_rows=Flag(ROWS_DRAWN, 4000, "to draw", WITH_ROWS),
+        eval_rows=Flag(ROWS_DRAWN, 500, "test rows of the task, a fifth of it for each family"),
     ),
     group(
         ROWS,
@@ -300,7 +301,12 @@ def in_force(variant, given):
         values |= recipe(variant, given)
     begun = Path(given.get("out", values["out"])) / "config.json"
     if "resume" in given and begun.is_file():
-        values["lr"] = run.read_json(begun, lr=float).get("lr") or values["lr"]
+        rate = run.read_json(begun, lr=float).get("lr") or values["lr"]
+        if rate < 0:
+            raise ValueError(
+                f"{begun}: lr is {rate}, which no run had; begin again with --overwrite"
+            )
+        values["lr"] = rate
     return values | given
 
 
@@ -799,6 +805,8 @@ def open_folder(out, settings, done):
     run's, whatever happens next. done: the steps of a run that goes on."""
     if processes.RANK > 0:
         return run.Log(None, None)
+    # once more: somebody may have put a run there meanwhile
+    run.check_run_folder(out, bool(done), settings["overwrite"], eval.RUN_FILES)
     if not done:
         for name in eval.RUN_FILES:
             (out / name).unlink(missing_ok=True)
@@ -1085,10 +1093,14 @@ def main(argv=None):
             run.check_run_folder(out, args.resume, args.overwrite, eval.RUN_FILES)
             args.device = processes.start(args.device)
             train(args)
-    except RuntimeError as error:
-        if not processes.is_alone(error):
+    except (RuntimeError, MemoryError) as error:
+        if processes.is_alone(error):
+            cause = "another process is gone"
+        elif isinstance(error, MemoryError) or "memory" in str(error):
+            cause = "out of memory; lower --micro_batch or --batch_size"
+        else:
             raise
-        raise ValueError(f"another process is gone; {what_is_where(out)}") from None
+        raise ValueError(f"{cause}: {what_is_where(out)}") from None
     processes.stop()
 
 

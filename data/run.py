@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -153,13 +154,14 @@ class Parser(argparse.ArgumentParser):
         return [text for action in self._actions for text in action.option_strings]
 
     def error(self, message):
-        line = f"{self.prog}: error: {message}; see --help\n"
+        line = f"{self.prog}: error: {printable(message, 1000)}; see --help\n"
         self.exit(2, None if is_silent() else line)
 
 
 def is_silent() -> bool:
     """Of several processes the first speaks."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
+    torchruns = {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys()
+    return torchruns and os.environ["RANK"] != "0"
 
 
 def refuse(message: str):
@@ -189,6 +191,7 @@ def number(kind: type, lowest: float, above=False, most=HUGE):
 
 
 count = number(int, 1)
+threads = number(int, 1, most=1024)  # of more, some systems die without a word
 positive = number(float, 0, above=True)
 from_zero = number(float, 0)
 
@@ -352,7 +355,8 @@ def locked(folder: Path):
                 )
             other.unlink(missing_ok=True)
         for file in [*folder.glob("*.*.*.tmp"), *folder.glob("model/*.*.*.tmp")]:
-            if not is_alive(file.suffixes[-2][1:]):
+            ours = re.fullmatch(r"\w+\.(?:json|jsonl|safetensors|svg)\.(\d+)\.tmp", file.name)
+            if ours and file.is_file() and not is_alive(ours[1]):
                 file.unlink()
         yield
     finally:
@@ -413,9 +417,13 @@ class Log:
         from tqdm import tqdm  # here: Ctrl-C is answered the sooner
 
         tqdm.write(text)
-        if self.file:
+        if not self.file:
+            return
+        try:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
+        except OSError as error:
+            raise OSError(f"{self.file.name}: {error.strerror}; is the disk full?") from None
 
     def sync(self):
         """All that was written is on the disk, whatever happens to the machine."""

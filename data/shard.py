@@ -71,7 +71,7 @@ def stop():
         os._exit(0)
 
 
-def is_alone(error: RuntimeError) -> bool:
+def is_alone(error: Exception) -> bool:
     """Did a meeting fail because another process is gone?"""
     return WORLD > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError))
 

@@ -330,6 +330,8 @@ def test_every_mistake_is_one_line_with_cause_and_place(adapter, learnt, tmp_pat
         ),
         (2, ["--tasks", "juggle"], ["juggle", "kinship_new"]),
         (2, ["--eval_rows", "0"], ["--eval_rows: 0 is out of range", "at least 1"]),
+        (2, ["--prompt", "x", "--num_beams", "99999999"], ["out of range", "at most 1000"]),
+        (2, ["--prompt", "x", "--max_new_tokens", "2000000000"], ["out of range", "at most"]),
         (2, ["--dtype", "int8"], ["int8", "float32"]),
         (2, ["--no_such_flag"], ["--no_such_flag", "unrecognized"]),
         (2, ["out/perft_s"], ["out/perft_s", "unrecognized"]),

@@ -317,6 +317,8 @@ def test_of_several_processes_the_first_complains(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert "error" in refused(make_parser(), ["--rank", "0"], capsys)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert "error" in refused(make_parser(), ["--rank", "0"], capsys)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert refused(make_parser(), ["--rank", "0"], capsys) == ""
     monkeypatch.setenv("RANK", "0")
     assert "error" in refused(make_parser(), ["--rank", "0"], capsys)
@@ -518,6 +520,14 @@ def test_what_changed_is_named_with_both_sides():
     now = {"a": "x\ny", "b": "z" * 1000}
     text = run.changes({"a": 1, "b": 2}, now)
     assert "\n" not in text and len(text) < 300 and text.count(" then, ") == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    log = run.Log(tmp_path / "metrics.jsonl", None)
+    log.file = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(OSError, match="^/dev/full: No space left on device; is the disk full"):
+        log.write("text", event="step")
 
 
 def test_a_log_is_json_lines_and_a_text_on_the_screen(tmp_path, capsys):

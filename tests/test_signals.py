@@ -322,6 +322,51 @@ def test_a_second_run_is_refused_in_one_line_and_touches_nothing(argv, out, livi
     assert {path.name for path in out.iterdir()} == {"metrics.jsonl", lock.name}
 
 
+def test_a_run_that_appears_while_another_measures_is_not_lost(argv, out, monkeypatch, capsys):
+    """Its folder was empty when the other one looked."""
+    real = train.measure
+
+    def measure(*words):
+        (out / "metrics.jsonl").write_text("of somebody else")
+        return real(*words)
+
+    monkeypatch.setattr(train, "measure", measure)
+    code, said = ended(argv(), capsys)
+    assert code == 2 and "already holds a run" in said
+    assert (out / "metrics.jsonl").read_text() == "of somebody else"
+
+
+def test_files_of_strangers_that_look_unfinished_stay(argv, out, capsys):
+    (out / "model").mkdir(parents=True)
+    names = ["backup.2023.20231125.tmp", "....tmp", "a...tmp", "model/x.y.99999999.tmp"]
+    for name in names:
+        (out / name).write_text("mine")
+    (out / "config.json").write_text("{}")
+    code, said = ended(argv(), capsys)
+    assert code == 2 and "holds config.json, but no run" in said
+    assert all((out / name).read_text() == "mine" for name in names)
+
+
+def test_a_tokenizer_that_is_there_is_not_overwritten_by_scratch(argv, out, capsys):
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "tokenizer.json").write_text("mine")
+    code, said = ended(["--variant", "scratch", "--steps", "2", "--out", str(out)], capsys)
+    assert code == 2 and "holds model/tokenizer.json, but no run" in said
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_no_memory_is_one_line(error, argv, out, monkeypatch, capsys):
+    def step(*words):
+        raise error
+
+    monkeypatch.setattr(train, "take_step", step)
+    code, said = ended(argv(), capsys)
+    assert code == 1 and said.startswith(
+        "error: out of memory; lower --micro_batch or --batch_size"
+    )
+    assert "begin again with --overwrite" in said
+
+
 def test_a_process_of_another_machine_is_believed_to_live(argv, out, capsys):
     out.mkdir()
     (out / f"lock.elsewhere.{dead_process()}").write_text("")

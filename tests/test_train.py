@@ -787,6 +787,8 @@ USAGE = {  # flags -> what the line must say: all of this can be known from the 
     "--variant perft_s --eval_rows 0": ["--eval_rows: 0 is out of range", "at least 1"],
     "--variant perft_s --train_rows 0": ["--train_rows: 0 is out of range", "at least 1"],
     "--variant perft_s --threads 0": ["--threads: 0 is out of range", "at least 1"],
+    "--variant perft_s --threads 100000": ["--threads: 100000 is out of range", "at most 1024"],
+    "--variant perft_s --train_rows 99999999999": ["--train_rows", "out of range", "at most"],
     "--variant perft_s --steps many": ["--steps", "many"],
     "--variant perft_s --rank 0": ["rank", "0", "1"],
     "--variant esft_gate --p 5": ["--p: 5 is out of range", "more than 0 and at most 1"],
