@@ -1100,7 +1100,8 @@ def main(argv=None):
             cause = "out of memory; lower --micro_batch or --batch_size"
         else:
             raise
-        raise ValueError(f"{cause}: {what_is_where(out)}") from None
+        begun = (out / "metrics.jsonl").exists()
+        raise ValueError(f"{cause}: {what_is_where(out) if begun else nothing}") from None
     processes.stop()
 
 
