@@ -276,8 +276,12 @@ def expert_counts(routing, mask=None):
 
 def expert_load(routing, mask=None):
     """The share of the choices that fell on each expert: (E,) float32, sums to 1; no gradient."""
-    counts = expert_counts(routing, mask)
-    return counts.float() / counts.sum()
+    return shares(expert_counts(routing, mask))
+
+
+def shares(counts):
+    """Counts (..., E) -> what part of their sum each is."""
+    return counts.float() / counts.sum(-1, keepdim=True)
 
 
 def prob_sums(routing, mask=None):

@@ -467,13 +467,15 @@ def settle(model, config):
 
 def warnings_for(config: PerftConfig, base) -> list[str]:
     """What a user should know before training (facts 1 and 2 of the opening page)."""
-    always_one = config.top_k == 1 and (base.norm_topk_prob or config.num_adapters == 1)
-    if config.variant == "perft_r" and (config.adapter_weights == "base" or always_one):
-        return [
-            "adapter_weights 'base', or top_k 1 and a weight that is always 1: the adapter router "
-            "chooses, but has no gradient from the task"
-        ]
-    return []
+    if config.variant != "perft_r":
+        return []
+    if config.adapter_weights == "base":
+        cause = "adapter_weights 'base'"
+    elif config.top_k == 1 and (base.norm_topk_prob or config.num_adapters == 1):
+        cause = "top_k 1, a weight that is always 1"
+    else:
+        return []
+    return [f"{cause}: the adapter router chooses, but has no gradient from the task"]
 
 
 # What trains -------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ from data import dataset, hub, pictures, skills, tasks
 from data import shard as processes
 from data.run import count, from_zero, number, positive
 from model import DTYPES, EMBEDDED, Config, MoETransformer
-from moe import expert_counts, prob_sums, unevenness
+from moe import expert_counts, prob_sums, shares, unevenness
 from perft import BASELINES, CHOICES, LORA, PERFT, PerftConfig
 
 # Flags -------------------------------------------------------------------------------------------
@@ -300,12 +300,10 @@ def in_force(variant, given):
         recipe = perft_paper if given["recipe"] == "perft_paper" else esft_paper
         values |= recipe(variant, given)
     begun = Path(given.get("out", values["out"])) / "config.json"
-    if "resume" in given and begun.is_file():
+    if "resume" in given and "lr" not in given and begun.is_file():
         rate = run.read_json(begun, lr=float).get("lr") or values["lr"]
         if rate < 0:
-            raise ValueError(
-                f"{begun}: lr is {rate}, which no run had; begin again with --overwrite"
-            )
+            raise ValueError(f"{begun}: lr is {rate}, which no run had; give --lr")
         values["lr"] = rate
     return values | given
 
@@ -655,10 +653,6 @@ def balance_losses(routings, mask, tokens):
     return torch.stack(losses), counts
 
 
-def shares(counts):
-    return counts.float() / counts.sum(-1, keepdim=True)
-
-
 class StepLosses(NamedTuple):
     """Of a whole step and all processes; no gradients. Without adapters that are chosen: 0."""
 
@@ -806,7 +800,7 @@ def open_folder(out, settings, done):
     if processes.RANK > 0:
         return run.Log(None, None)
     # once more: somebody may have put a run there meanwhile
-    run.check_run_folder(out, bool(done), settings["overwrite"], eval.RUN_FILES)
+    run.check_run_folder(out, done, settings["overwrite"], eval.RUN_FILES)
     if not done:
         for name in eval.RUN_FILES:
             (out / name).unlink(missing_ok=True)
@@ -964,8 +958,7 @@ def run_steps(args, model, optimizer, batches, log, noted, data, measured):
             seen, since = 0, now
             # not after one step: where B starts at 0, A has no gradient in it
             if not inert_checked and next(iter(optimizer.state.values()))["step"] >= 2:
-                check_inert(model, optimizer, choices)
-                inert_checked = True
+                inert_checked = check_inert(model, optimizer, choices)
         paused = time.perf_counter()
         for event, *what in due(args, data, done):
             text, record = measured(*what)
@@ -1057,19 +1050,24 @@ def log_step(args, log, model, batch, step, losses, grad_norm, speed, left):
     log.write(text, event="step", **record, expert_load=load.tolist())
 
 
+MANY = 1000  # choices, among which are some that a label depends on
+
+
 def check_inert(model, optimizer, choices):
     """Attached, listed, stepped, and inert is the commonest silent failure: ValueError if a tensor
     that trains never had a gradient, of which AdamW's first moment would know.
 
-    Excused: a layer whose chosen experts few tokens reached, which perhaps no label depends on (in
-    the last layer none but a label's own token does); an adapter router that was warned about.
+    Excused: an adapter router that was warned about; and a layer whose chosen experts were not
+    reached MANY times yet, since not every token has a label that depends on it. -> are there no
+    such layers, so that all were looked at?
     choices (L, E): how often tokens chose each expert.
     """
     config = getattr(model, "adapter_config", None)
     excused = []
     for i, ids in enumerate(getattr(config, "experts", None) or []):
-        if i == len(choices) - 1 or choices[i][ids].sum() < 100:
+        if choices[i][ids].sum() < MANY:
             excused.append(f"layers.{i}.")
+    saw_all = not excused
     if isinstance(config, PerftConfig) and perft.warnings_for(config, model.config):
         excused.append("adapters.router")
     for name, p in model.named_parameters():
@@ -1079,6 +1077,10 @@ def check_inert(model, optimizer, choices):
                     f"{name} trains and never had a gradient: attached but inert; is its output "
                     "detached, or does no token reach it?"
                 )
+    return saw_all
+
+
+NOTHING = "nothing was written, the same command begins again"
 
 
 @run.command
@@ -1087,9 +1089,8 @@ def main(argv=None):
     out = Path(args.out)
     if processes.RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process speaks for all)
-    nothing = "nothing was written, the same command begins again"
     try:
-        with run.locked(out), run.last_words(lambda: nothing):
+        with run.locked(out), run.last_words(lambda: NOTHING):
             run.check_run_folder(out, args.resume, args.overwrite, eval.RUN_FILES)
             args.device = processes.start(args.device)
             train(args)
@@ -1100,16 +1101,17 @@ def main(argv=None):
             cause = "out of memory; lower --micro_batch or --batch_size"
         else:
             raise
-        begun = (out / "metrics.jsonl").exists()
-        raise ValueError(f"{cause}: {what_is_where(out) if begun else nothing}") from None
+        raise ValueError(f"{cause}: {what_is_where(out)}") from None
     processes.stop()
 
 
 def what_is_where(out):
-    """Of a run whose steps have begun: what there is of it, and how to go on."""
+    """Of a run that ends before its time: what there is of it, and how to go on."""
     if (out / "state.safetensors").exists():
         return f"an earlier step is saved in {out}, go on with --resume"
-    return "nothing was saved, begin again with --overwrite"
+    if (out / "metrics.jsonl").exists():
+        return "nothing was saved, begin again with --overwrite"
+    return NOTHING
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
     python tests/results.py --quick        two seeds of each method at the rate of the pages, and
                                            whether they give the same digits
-    python tests/results.py                everything, for hours; it stops and continues
+    python tests/results.py                all of three_new, for hours; it stops and continues
+    python tests/results.py --task kinship_new
+                                           the same of another task
     python tests/results.py --only perft   runs whose name has this in it
     python tests/results.py --list         what would be run, as far as it is known
     python tests/results.py --tables       no run: tables and pictures of what is finished

@@ -759,6 +759,8 @@ def test_a_router_that_cannot_learn_is_warned_about_and_one_that_can_is_not():
             notes = warnings_for(config, base)
             assert bool(notes) == inert, (family, K, weights)
             assert all("router" in note and "\n" not in note for note in notes)
+            cause = "adapter_weights 'base'" if weights == "base" else "top_k 1, a weight"
+            assert all(note.startswith(cause) for note in notes)
         assert warnings_for(perft.PerftConfig("perft_s", top_k=1), base) == []
 
 

@@ -1112,16 +1112,34 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(run, base, tmp_
 
 
 def test_chosen_experts_that_few_tokens_reached_are_not_called_inert(base):
-    """A layer is excused from the check exactly while its chosen experts got less than 100 tokens;
-    the last one always."""
+    """A layer is excused exactly while its chosen experts were reached less than MANY times, and
+    then the check says that it has not seen all."""
     model = apply_esft(MoETransformer.from_pretrained(base), [[0]] * L)
     optimizer = train.make_optimizer(model, SimpleNamespace(lr=1.0, weight_decay=0.0, beta2=0.9))
-    few = torch.full((L, E), 1000)
-    few[:-1, 0] = 99
-    train.check_inert(model, optimizer, few)
-    few[0, 0] = 100
-    with pytest.raises(ValueError, match="attached but inert"):
-        train.check_inert(model, optimizer, few)
+    few = torch.full((L, E), train.MANY)
+    few[:, 0] -= 1
+    assert not train.check_inert(model, optimizer, few)
+    for i in range(L):
+        enough = few.clone()
+        enough[i, 0] += 1
+        with pytest.raises(ValueError, match=rf"^layers\.{i}\..* attached but inert"):
+            train.check_inert(model, optimizer, enough)
+    for state in optimizer.state.values():
+        state["exp_avg"] += 1
+    assert train.check_inert(model, optimizer, few + 1) and not train.check_inert(
+        model, optimizer, few
+    )
+
+
+def test_experts_that_no_label_depends_on_yet_do_not_stop_a_run(run, tmp_path):
+    """Few rows a step and a look at each: of the last layer's tokens only those before a label have
+    a gradient, and these need not meet the expert that trains."""
+    hot = tmp_path / "hot.json"
+    hot.write_text(json.dumps({"experts": {str(i): [2] for i in range(L)}}))
+    flags = ("--experts", hot, "--batch_size", 1, "--log_every", 1, "--steps", 8)
+    for variant in ("perft_e", "lora_experts", "esft_token"):
+        folder = run(variant, *flags, out=variant)
+        assert len(metrics(folder, "step")) == 8
 
 
 # The papers' recipe ------------------------------------------------------------------------------
