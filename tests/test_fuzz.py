@@ -19,29 +19,29 @@ file, a file written or changed that is not the command's to write, a value that
     python tests/test_fuzz.py 20000                    the table, and the faults by where they arose
 
                      inputs     clean   as read  one line     fault
-    config              909       161        74       674         0
+    config              909       161        73       675         0
     tokenizer           909       244         0       665         0
     weights             909        20       177       712         0
-    index               909       368         0       541         0
+    index               909       363         0       546         0
     adapter_config      909       170         8       731         0
     adapter_model       909        39       189       681         0
     expert_cfg          909       157         0       752         0
     expert_weights      909        37       165       707         0
     experts             909       305         3       601         0
-    run_evaluated       909       519        18       372         0
-    run_exported        909       535         0       374         0
-    run_resumed         909       155         0       754         0
-    metrics             909       111       451       347         0
+    run_evaluated       909       508        20       381         0
+    run_exported        909       551         0       358         0
+    run_resumed         909       151         0       758         0
+    metrics             909       111       450       348         0
     state               909        21       212       676         0
     predictions         909       419        32       458         0
     settings            909        83         0       826         0
-    results             909       569         2       338         0
+    results             909       562         3       344         0
     alpaca              909        57       124       728         0
     lines               909       105       224       580         0
     messages            909        78        53       778         0
     choices             909       138        43       728         0
     sums                909        99        60       750         0
-    all              19,998     4,390     1,835    13,773         0
+    all              19,998     4,379     1,836    13,783         0
 
 A file that holds times or folders is not quite the same in the next run, and so is its damage.
 """
