@@ -10,8 +10,8 @@ from its model_type):
                                               OLMoE               Mixtral    Qwen3-MoE
     norm of queries and keys                  over all heads      none       over each head
     q, k, v clipped (`clip_qkv`)              in some             no         no
-    query heads that share a key/value head   1                   4          8
-        (`num_key_value_heads`)
+    query heads per key/value head            1                   4          8
+        (from `num_key_value_heads`)
     a head's channels (`head_dim`)            hidden_size/heads   the same   more
     a token's expert weights sum to 1         no                  yes        yes
         (`norm_topk_prob`)
@@ -24,7 +24,7 @@ Padding may be on either side: rotary attention sees only distances, so shifting
 nothing.
 
 This file is the network. Reading and writing a Hugging Face folder is data/hub.py, generating text
-is data/decode.py, several GPUs are data/shard.py; the model has a thin door to each.
+is data/decode.py, several GPUs are data/shard.py; the model's last methods call these.
 
 Left out: sliding-window attention, rope scaling, attention biases, layers without experts (such a
 checkpoint is refused, not approximated).
@@ -32,7 +32,8 @@ checkpoint is refused, not approximated).
     python model.py FOLDER        what is in a model folder: configuration, parameters, active ones
 """
 
-from data import run  # first: from here on Ctrl-C is one line
+# Before torch, whose import takes seconds: from this line on Ctrl-C ends with one line of text.
+from data import run
 
 # isort: split
 import json
@@ -51,8 +52,8 @@ from data import decode, hub
 from data import shard as processes  # the model over several of them; alone it does nothing
 from moe import MoE, Routing
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what a base may be loaded in
-EMBEDDED = Path(__file__).resolve().parent / "data" / "tiny_olmoe"  # the model that is always there
+DTYPES = hub.DTYPES  # what a base may be loaded in
+EMBEDDED = hub.EMBEDDED  # the model that is always there
 
 
 @dataclass
@@ -85,27 +86,7 @@ class Config:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if heads % kv_heads != 0:
-            raise ValueError(
-                f"{heads} attention heads do not share {kv_heads} key/value heads evenly"
-            )
-        widest = max(
-            self.vocab_size, heads * self.head_dim, self.num_experts * self.intermediate_size
-        )
-        if self.hidden_size * widest >= 2**59:  # more bytes than an int64 counts
-            raise ValueError(f"{self.hidden_size} x {widest} weights are too many")
-        if self.head_dim == 0 or self.head_dim % 2 != 0:
-            raise ValueError(
-                f"head_dim {self.head_dim} is odd or 0; rotary positions turn pairs of channels"
-            )
-        if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is more than "
-                f"num_experts {self.num_experts}"
-            )
-        if self.rope_theta <= 0:
-            raise ValueError(f"rope_theta {self.rope_theta} is not positive")
+        check_config(self)  # at the end of this file
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Config":
@@ -171,17 +152,19 @@ class Attention(nn.Module):
         kv_size = c.num_key_value_heads * c.head_dim
         self.head_dim = c.head_dim
         self.clip_qkv = c.clip_qkv
-        self.grouped_queries = c.num_attention_heads != c.num_key_value_heads
         self.q_proj = nn.Linear(c.hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
-        # no key of config.json says which norms there are
+        # no key of config.json says which norms there are; Mixtral has none
+        self.norm_all_heads = c.model_type == "olmoe"
         self.norm_each_head = c.model_type == "qwen3_moe"
-        sizes = (c.head_dim, c.head_dim) if self.norm_each_head else (q_size, kv_size)
-        self.q_norm, self.k_norm = (RMSNorm(size, c.rms_norm_eps) for size in sizes)
-        if c.model_type == "mixtral":
-            self.q_norm = self.k_norm = nn.Identity()
+        if self.norm_all_heads:
+            self.q_norm = RMSNorm(q_size, c.rms_norm_eps)
+            self.k_norm = RMSNorm(kv_size, c.rms_norm_eps)
+        if self.norm_each_head:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x, rotary, visible=None, cache=None, layer=0):
         """x (B, T, D) -> (B, T, D).
@@ -190,18 +173,22 @@ class Attention(nn.Module):
         cache: a decode.KVCache, where this layer's keys and values go, and are taken from.
         """
         B, T, _ = x.shape
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.norm_each_head:
-            q, k = (t.view(B, T, -1, self.head_dim) for t in (q, k))
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, heads * C)
+        if self.norm_all_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.clip_qkv is not None:
             q, k, v = (t.clamp(-self.clip_qkv, self.clip_qkv) for t in (q, k, v))
-        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))
-        q, k = rotary.turn(q), rotary.turn(k)  # (B, heads, T, C)
+
+        q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))  # (B, T, heads, C)
+        if self.norm_each_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, C)
+        q, k = rotary.turn(q), rotary.turn(k)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
+            k, v = cache.append(layer, k, v)  # (B, heads, S, C)
         y = F.scaled_dot_product_attention(
-            q, k, v, visible, is_causal=visible is None, enable_gqa=self.grouped_queries
+            q, k, v, visible, is_causal=visible is None, enable_gqa=q.shape[1] != k.shape[1]
         )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -221,61 +208,77 @@ class Block(nn.Module):
         return x + y, routing
 
 
-def visible_keys(start, end, attention_mask, device):
-    """Which of the keys 0..end-1 may the queries start..end-1 see? None after them, no padding.
+def visible_keys(positions, end, attention_mask):
+    """Which keys may each query see? Those up to its own position, but no padding.
 
-    attention_mask (B, end) or None -> bool (B or 1, 1, T, S)
+    positions (T,) of the queries; keys stand at 0..end-1; attention_mask (B, end) or None
+    -> bool (B or 1, 1, T, S). For three tokens, without padding and behind one token of padding:
+
+               key 0 1 2        mask  0 1 1
+        query 0    1 0 0              1 0 0     a token sees itself even in padding: a softmax over
+        query 1    1 1 0              0 1 0     nothing would be NaN
+        query 2    1 1 1              0 1 1
     """
-    # row i is of the query start + i, which sees the keys j <= start + i
-    causal = torch.ones(end - start, end, dtype=torch.bool, device=device).tril(start)  # (T, S)
+    query = positions[:, None]  # (T, 1)
+    key = torch.arange(end, device=positions.device)  # (S,)
+    causal = key <= query  # (T, S)
     if attention_mask is None:
         return causal[None, None]
-    # every token sees itself: a softmax over nothing, in a row of padding, would be NaN
-    itself = causal.triu(start)
-    return causal & (attention_mask.bool()[:, None, None, :] | itself)
+    is_text = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, S)
+    return causal & (is_text | (key == query))
 
 
 # The loss ----------------------------------------------------------------------------------------
+
+
+def find_targets(labels, device):
+    """What is predicted where: labels (B, T), -100 where there is none -> positions (n,) among the
+    N = B*T tokens, and the label that each of them predicts (n,), on `device`.
+
+        labels      [7, -100, 8, 9]
+        positions   [1, 2]              position t predicts the label at t + 1: nothing predicts
+        predicted   [8, 9]              the first, and the last predicts nothing
+
+    No other position is worth its logits. How many there are decides shapes, so a search on the GPU
+    would make the CPU wait for it. Labels that stay on the CPU are searched there, and the result
+    is sent without waiting.
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # [-100, 8, 9, -100]
+    positions = (following != -100).nonzero()[:, 0]
+    targets = positions, following[positions]
+    if device.type == "cuda" and labels.is_cpu:
+        return [t.pin_memory().to(device, non_blocking=True) for t in targets]
+    return targets
+
+
+def chunk_loss(x, weight, labels):
+    """x (n, D), weight (V, D), labels (n,) -> the sum of -log softmax(x weight^T)[label], float32
+    (float64 of a model that is)."""
+    logits = F.linear(x, weight.to(x.dtype))
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(precise), labels, reduction="sum")
 
 
 CHUNK = 1024  # rows: with OLMoE's 50,304 logits each, 0.2 GB in passing
 
 
 def summed_cross_entropy(x, weight, labels):
-    """x (n, D), weight (V, D), labels (n,) -> the sum of -log softmax(x weight^T)[label], float32.
+    """chunk_loss of all rows, in memory for CHUNK.
 
     n rows of V logits would dwarf all other activations (196 KiB a token for OLMoE). So no more
-    than CHUNK rows have theirs at a time; the backward pass makes them again, which takes 2 to 4 %
-    of a whole OLMoE-sized step.
+    than CHUNK rows have theirs at a time: they are dropped once their loss is known, and the
+    backward pass makes them again, which takes 2 to 4 % of a whole OLMoE-sized step.
     """
     if len(x) <= CHUNK:
         return chunk_loss(x, weight, labels)
     if weight.requires_grad:  # then its gradient is summed over the chunks in float32
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    recomputed = partial(checkpoint, chunk_loss, use_reentrant=False, preserve_rng_state=False)
-    chunks = zip(x.split(CHUNK), labels.split(CHUNK))
-    return sum(recomputed(rows, weight, ids) for rows, ids in chunks)
-
-
-def chunk_loss(x, weight, labels):
-    logits = F.linear(x, weight.to(x.dtype))
-    precise = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(precise), labels, reduction="sum")
-
-
-def find_targets(labels, device):
-    """labels (B, T), -100 where there is none -> on `device` the positions in the N = B*T tokens
-    that predict a label, and these labels, (n,) each: no other position is worth logits.
-
-    How many there are decides shapes, so a search on the GPU would make the CPU wait for it.
-    Labels that stay on the CPU are searched there, and the result is sent without waiting.
-    """
-    following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # position t predicts token t+1
-    positions = (following != -100).nonzero()[:, 0]
-    targets = positions, following[positions]
-    if device.type == "cuda" and labels.is_cpu:
-        return [t.pin_memory().to(device, non_blocking=True) for t in targets]
-    return targets
+    total = 0
+    for rows, ids in zip(x.split(CHUNK), labels.split(CHUNK)):
+        total = total + checkpoint(
+            chunk_loss, rows, weight, ids, use_reentrant=False, preserve_rng_state=False
+        )
+    return total
 
 
 # The model ---------------------------------------------------------------------------------------
@@ -284,7 +287,7 @@ def find_targets(labels, device):
 class Output(NamedTuple):
     logits: torch.Tensor | None  # (B, T, V); None with labels: then they are never all there
     routings: list[Routing]  # one a layer
-    loss: torch.Tensor | None = None  # cross-entropy, float32: summed over labels / loss_divisor
+    loss: torch.Tensor | None = None  # float32: the labels' cross-entropies, summed and divided
 
 
 class MoETransformer(nn.Module):
@@ -300,7 +303,9 @@ class MoETransformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
-        if not self.norm.weight.is_meta:  # there is nothing to draw, and torch takes long for it
+        # from_pretrained, and who only counts parameters, builds on the meta device, without
+        # memory: there is nothing to draw, and torch would take long to find out
+        if not self.norm.weight.is_meta:
             self.init_weights()
 
     def tie_weights(self):
@@ -343,10 +348,11 @@ class MoETransformer(nn.Module):
         targets = None if labels is None else find_targets(labels, input_ids.device)
 
         x = self.embed_tokens(input_ids)  # (B, T, D)
-        rotary = Rotary.at(torch.arange(start, end, device=x.device), self.config, x.dtype)
+        positions = torch.arange(start, end, device=x.device)
+        rotary = Rotary.at(positions, self.config, x.dtype)
         visible = None
         if cache is not None or attention_mask is not None:
-            visible = visible_keys(start, end, attention_mask, x.device)
+            visible = visible_keys(positions, end, attention_mask)
         routings = []
         for i, block in enumerate(self.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -354,14 +360,14 @@ class MoETransformer(nn.Module):
             x, routing = block(x, rotary, visible, cache, i)
             routings.append(routing)
         if cache is not None:
-            cache.used = end
+            cache.used = end  # every layer has put its keys and values there: now they count
         x = self.norm(x)
 
         if targets is None:
             return Output(self.lm_head(x[:, -1:] if last_only else x), routings)
-        positions, followers = targets
-        rows = x.flatten(0, 1).index_select(0, positions)  # (n, D)
-        loss = summed_cross_entropy(rows, self.lm_head.weight, followers)
+        predicting, predicted = targets
+        rows = x.flatten(0, 1).index_select(0, predicting)  # (n, D)
+        loss = summed_cross_entropy(rows, self.lm_head.weight, predicted)
         return Output(None, routings, loss / (len(rows) if loss_divisor is None else loss_divisor))
 
     def check_input(self, input_ids, length):
@@ -380,7 +386,7 @@ class MoETransformer(nn.Module):
                     "wrong tokenizer?"
                 )
 
-    # The doors to data/ --------------------------------------------------------------------------
+    # A model folder, and text: data/hub.py and data/decode.py ------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -392,32 +398,33 @@ class MoETransformer(nn.Module):
     ) -> "MoETransformer":
         """Load a Hugging Face folder -> MoETransformer in eval mode.
 
-        The one way into a model:
-            build   shapes on the meta device, without memory
-            edit    attach what trains (apply_perft, apply_esft): drawn on the CPU, it is real
-            cut     leave each of several processes its share
-            memory  for what is on meta; what is real moves to the device
-            fill    every place (the parameter, or the part of one, that a tensor of the files is)
-        So memory holds the model once, and of several processes each holds its share.
+        The one way into a model. Memory holds it once, and of several processes each holds its
+        share, by this order:
+            build   on the meta device: shapes, without memory
+            edit    edit(model) attaches what trains (apply_perft, apply_esft): new parameters,
+                    which are drawn at once, in memory, on the CPU
+            cut     each of several processes keeps its share of every parameter (data/shard.py)
+            memory  for the parameters that have none yet; the new ones move to the device
+            fill    each tensor of the files goes to its place, a parameter or part of one
 
         FileNotFoundError or ValueError, in one line, for a folder that cannot be used.
         """
         config = Config.from_folder(folder)
         weights = hub.Tensors(folder)
-        weights.check_sizes(config)  # before a wrong number is believed, and memory taken
+        weights.check_sizes(config)  # a config.json may lie: a model of too many layers takes long
         with torch.device("meta"):
             model = cls(config)
         model = model.to(dtype)
-        weights.check(hub.places(model, weights.fused))  # also before memory is taken
+        weights.check(hub.places(model, weights.fused))  # names and shapes, before memory is taken
         if edit is not None:
             edit(model)
         processes.cut(model, str(device))
         model.allocate(device)
-        weights.fill(hub.places(model, weights.fused))
+        weights.fill(hub.places(model, weights.fused))  # again: edit may have moved some
         return model.eval()
 
     def allocate(self, device):
-        """Memory for what has none yet; what an edit drew already moves to the device."""
+        """Memory for what is on the meta device; the rest moves to `device`."""
 
         def materialise(t):
             return torch.empty_like(t, device=device) if t.is_meta else t.to(device)
@@ -487,6 +494,31 @@ def active_parameters(config: Config) -> int:
     idle = c.num_experts - c.num_experts_per_tok
     expert = 3 * c.hidden_size * c.intermediate_size
     return parameter_count(c) - c.num_hidden_layers * idle * expert
+
+
+def check_config(config):
+    """ValueError for a Config whose sizes do not fit."""
+    c = config
+    if c.num_attention_heads % c.num_key_value_heads != 0:
+        raise ValueError(
+            f"{c.num_attention_heads} attention heads do not share "
+            f"{c.num_key_value_heads} key/value heads evenly"
+        )
+    widest = max(
+        c.vocab_size, c.num_attention_heads * c.head_dim, c.num_experts * c.intermediate_size
+    )
+    if c.hidden_size * widest >= 2**59:  # more bytes than an int64 counts
+        raise ValueError(f"{c.hidden_size} x {widest} weights are too many")
+    if c.head_dim == 0 or c.head_dim % 2 != 0:
+        raise ValueError(
+            f"head_dim {c.head_dim} is odd or 0; rotary positions turn pairs of channels"
+        )
+    if c.num_experts_per_tok > c.num_experts:
+        raise ValueError(
+            f"num_experts_per_tok {c.num_experts_per_tok} is more than num_experts {c.num_experts}"
+        )
+    if c.rope_theta <= 0:
+        raise ValueError(f"rope_theta {c.rope_theta} is not positive")
 
 
 @run.command

@@ -1,34 +1,36 @@
 """The Mixture-of-Experts layer: a router picks K of E small feed-forward networks for every token.
 
     s = softmax(x W_r^T)                               over all E experts, in float32
-    w_e = s_e  (OLMoE)   or   s_e / sum of the K largest s  (Mixtral: norm_topk_prob)
+    w_e = s_e  (OLMoE)   or   s_e / sum of the K largest s  (Mixtral, Qwen3: norm_topk_prob)
     y = sum over e in TopK(s) of  w_e * FFN_e(x)       one term a chosen expert            (eq. 1)
     FFN_e(x) = W_down_e ( silu(W_gate_e x) * W_up_e x )    the expert: a SwiGLU network
 
-The router is one matrix, W_r. The softmax comes before the top-k in both families; OLMoE's K
-weights therefore sum to less than 1.
+The router is one matrix, W_r. The softmax comes before the top-k in all three; OLMoE's K weights
+therefore sum to less than 1.
 
 The experts of a layer are two stacked parameters, and this file has two ways to run them:
 
     experts_loop     one turn of the loop is one term of eq. 1. The text book, and the reference of
                      the tests.
-    experts_grouped  what runs: sort the N*K (token, slot) pairs by expert, make each product for
-                     all experts in one call on the sorted rows, sort back. The same numbers, and no
-                     shape that depends on the routing.
+    experts_grouped  what runs: sort the N*K choices by expert, make each product for all experts in
+                     one call on the sorted rows, sort back. The same numbers, and no shape depends
+                     on the routing: a GPU need not be waited for to learn how many tokens an expert
+                     has, and torch.compile makes one graph of it.
 
 A layer returns (y, Routing). Routing is all that the balance loss and the tables of how experts are
 used are computed from; nothing is left on a module for somebody else to find.
 
 Shapes: B batch, T time, N = B*T tokens, D hidden_size, F intermediate_size (F_ in code, where F is
-torch's), E num_experts, K experts per token, R = N*K rows, one for each (token, slot) pair.
+torch's), E num_experts, K experts per token, R = N*K rows, one for each expert of each token.
 
-Names: here "gate" is the expert's own half W_gate, whose silu multiplies the other half. The router
-is called `gate` in Hugging Face's files, and a router's weight is a "gate score" in ESFT's paper.
+Names: "gate" means one thing here, the half W_gate of an expert, whose silu multiplies the other
+half. What Hugging Face's files call `gate` is `router` here, and the "gate scores" of ESFT's paper
+are the router's weights.
 
-Against the papers: jitter noise, capacity limits and token dropping are left out; neither OLMoE
-nor Mixtral uses them. Against transformers: the routing weight multiplies before the down
-projection (on F columns instead of D; the product is linear, so the value is the same), and the
-balance loss is taken per layer (see `load_balancing_loss`).
+Against the papers: jitter noise, capacity limits and token dropping are left out; none of the three
+models uses them. Against transformers: the routing weight multiplies before the down projection (on
+F columns instead of D; the product is linear, so the value is the same), and the balance loss is
+taken per layer (see `load_balancing_loss`).
 
     python moe.py        the lesson: tokens per expert; loop and grouped path, equal and timed
 """
@@ -51,7 +53,7 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """W_r of eq. 1 and the choice of K experts.
 
-    norm_topk_prob: make the K kept weights sum to 1 (Mixtral).
+    norm_topk_prob: make the K kept weights sum to 1 (Mixtral, Qwen3).
     """
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, norm_topk_prob: bool):
@@ -62,10 +64,10 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Routing:
         """x (N, D) -> Routing."""
-        # .to: a router that trains is float32
+        # The product is in the activations' dtype, as in transformers: in bfloat16 two logits may
+        # be rounded to one. (A router that trains is float32, hence .to.)
         router_logits = F.linear(x, self.weight.to(x.dtype))  # (N, E)
-        # as in transformers the product is in the model's dtype, and what follows in float32, so
-        # that the softmax makes no further ties
+        # The softmax is in float32: it makes no further ties.
         probs = F.softmax(router_logits, dim=-1, dtype=torch.float32)  # (N, E)
         routing_weights, selected_experts = probs.topk(self.top_k, dim=-1)  # (N, K)
         if self.norm_topk_prob:
@@ -83,32 +85,51 @@ def experts_loop(x, routing: Routing, gate_up_proj, down_proj):
         token, slot = torch.where(routing.selected_experts == e)  # who chose e, in which of K slots
         gate, up = F.linear(x[token], gate_up_proj[e]).chunk(2, dim=-1)  # (n_e, F) each
         hidden = F.silu(gate) * up * routing.routing_weights[token, slot, None]
-        y = y.index_add(0, token, F.linear(hidden, down_proj[e]))
+        y.index_add_(0, token, F.linear(hidden, down_proj[e]))
     return y
 
 
 # The grouped path --------------------------------------------------------------------------------
 #
-# Sorting the R = N*K pairs by expert makes every expert's rows neighbours: expert e has the rows
-# from ends[e-1] to ends[e]-1. `F.grouped_mm` multiplies each such group by its own matrix, for all
-# experts in one call (one kernel on a recent GPU). With N = 2, K = 2, E = 3:
+# What `experts_grouped` below does, in four lines:
 #
-#     selected_experts  [[2, 0],       pairs  0: (token 0, slot 0) chose 2    1: (0, 1) chose 0
-#                        [0, 1]]              2: (token 1, slot 0) chose 0    3: (1, 1) chose 1
-#     sorted by expert  pair [1, 2, 3, 0]     token [0, 1, 1, 0]
-#                       ends [2, 3, 4]        inverse [[3, 0], [1, 2]]
+#     rows = x[token]                                 each token K times, sorted by expert
+#     gate, up = rows W_gate_up^T                     each row with the matrix of its expert
+#     rows = (silu(gate) * up * weight) W_down^T      as above
+#     y[n] = the sum of the K rows of token n
+#
+# A token has K slots, one for each expert that it chose. The R = N*K pairs (token, slot) are
+# counted token by token, then sorted by expert. With N = 2, K = 2, E = 3 and selected_experts
+# [[2, 0], [0, 1]] (token 0 chose the experts 2 and 0, token 1 chose 0 and 1):
+#
+#     pair              0        1        2        3
+#     its token         0        0        1        1
+#     its slot          0        1        0        1
+#     its expert        2        0        0        1
+#
+#     sorted row        0        1    |   2    |   3         one group of rows for each expert
+#     its expert        0        0    |   1    |   2
+#     its pair          1        2    |   3    |   0         Order.pair
+#     its token         0        1    |   1    |   0         Order.token
+#
+#     Order.ends      [2, 3, 4]             where each group ends
+#     Order.inverse   [[3, 0], [1, 2]]      the way back: token 0 has the rows 3 and 0, token 1 has
+#                                           the rows 1 and 2
+#
+# So Dispatch makes the rows [x0, x1, x1, x0], and Combine makes y0 = rows[3] + rows[0] and
+# y1 = rows[1] + rows[2].
 
 
 class Order(NamedTuple):
-    """The permutation between token order and expert order."""
+    """The permutation between pairs, which are in token order, and rows, in expert order."""
 
-    pair: torch.Tensor  # (R,) int64: the (token, slot) pair of each sorted row, token * K + slot
+    pair: torch.Tensor  # (R,) int64: the pair of each row, token * K + slot
     token: torch.Tensor  # (R,) int64: its token
-    inverse: torch.Tensor  # (N, K) int64: the sorted row of pair (n, k)
+    inverse: torch.Tensor  # (N, K) int64: the row of pair (n, k)
     ends: torch.Tensor  # (E,) int32: where each expert's rows end; the last is R
 
 
-def sort_by_expert(selected_experts: torch.Tensor, num_experts: int) -> Order:
+def sort_by_expert(selected_experts, num_experts):
     """(N, K) expert ids -> Order. The sort is stable: rows of one expert stay in token order."""
     N, K = selected_experts.shape
     expert_of_row, pair = selected_experts.flatten().sort(stable=True)  # (R,)
@@ -124,10 +145,18 @@ def weight_of_rows(routing, order):
     return routing.routing_weights.flatten().index_select(0, order.pair)[:, None]
 
 
-# Of the next two, Dispatch copies a token to its K rows, Combine adds a token's K rows. Each is the
-# other's transpose, hence its gradient. Left to autograd, the gradient of `x[token]` would be a
-# scatter with atomic additions: slower, and on a GPU different from run to run. `embedding_bag` is
-# gather-and-add in one pass, with a float32 sum for 16-bit rows.
+def sum_of_rows(rows, inverse):
+    """rows (R, D), inverse (N, K) -> (N, D): for each token the sum of its K rows.
+
+    `embedding_bag` gathers and adds in one pass, with a float32 sum for 16-bit rows.
+    """
+    return F.embedding_bag(inverse, rows.contiguous(), mode="sum")
+
+
+# Dispatch copies a token to its K rows, so its gradient adds what comes back from the K rows: that
+# is Combine. Combine adds K rows, so its gradient copies: that is Dispatch. Both are written down,
+# because autograd would make the gradient of `x[token]` a scatter with atomic additions: slower,
+# and on a GPU different from run to run.
 
 
 class Dispatch(torch.autograd.Function):
@@ -140,8 +169,8 @@ class Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors  # the sum of each token's K rows, grad[inverse[n]]
-        return F.embedding_bag(inverse, grad.contiguous(), mode="sum"), None
+        (inverse,) = ctx.saved_tensors
+        return sum_of_rows(grad, inverse), None
 
 
 class Combine(torch.autograd.Function):
@@ -150,7 +179,7 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, order):
         ctx.save_for_backward(order.token)
-        return F.embedding_bag(order.inverse, rows, mode="sum")
+        return sum_of_rows(rows, order.inverse)
 
     @staticmethod
     def backward(ctx, grad):
@@ -158,28 +187,50 @@ class Combine(torch.autograd.Function):
         return grad.index_select(0, token), None
 
 
-# torch.compile can trace F.grouped_mm in bfloat16 only, so the product is hidden in an operation of
-# our own. What F.grouped_mm does not take (no rows, float64, rows that do not start at multiples of
-# 16 bytes) is computed there too, slowly. It has no gradient: GroupedProduct below gives it one.
+# `F.grouped_mm` multiplies each group of rows by its own matrix, for all experts in one call: one
+# kernel on a recent GPU. torch.compile can trace it in bfloat16 only, so it is hidden in an
+# operation of our own. That has no gradient: GroupedProduct below gives it one.
+
+
+def packed(rows):
+    """F.grouped_mm wants strides of exactly (width, 1). A gradient may have others, after a sum 0;
+    and a single row counts as contiguous whatever its stride, which the view resets."""
+    return rows.contiguous().view(-1).view(rows.shape)
 
 
 @torch.library.custom_op("moe::grouped_mm", mutates_args=())
 def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """a (R, in), b (E, in, out) -> (R, out): the rows of group e times b[e].
+    """A product for each group, which is of one of two kinds:
+
+    a (R, in), b (E, in, out) -> (R, out): the rows of group e times b[e].
     a (p, R), b (R, q) -> (E, p, q): the columns of group e times the rows of group e.
+
+    The second is the gradient of the first one's b. `ends` may leave out the last groups there.
     """
     of_weight = b.dim() == 2
-    # F.grouped_mm wants rows of whole 16 bytes, and either side may come transposed
-    widths = (a.shape[0], b.shape[1]) if of_weight else b.shape[1:]
-    aligned = all(width * a.element_size() % 16 == 0 for width in widths)
+    a = packed(a.t()).t() if of_weight else packed(a)
+    widths = a.shape[0 if of_weight else 1], b.shape[-1]
+    aligned = all(width * a.element_size() % 16 == 0 for width in widths)  # rows of 16 bytes each
     if aligned and a.dtype != torch.float64 and a.numel() > 0:
         return F.grouped_mm(a, b, offs=ends)
-    ends = ends.tolist()
-    a_parts = a.tensor_split(ends, dim=int(of_weight))
-    b_parts = b.tensor_split(ends) if of_weight else b
-    # zip with ends: what is behind the last one is not asked for (esft.py wants the first groups)
-    products = [m.double() @ n.double() for m, n, _ in zip(a_parts, b_parts, ends)]
-    return (torch.stack if of_weight else torch.cat)(products).to(a.dtype)
+    if of_weight:
+        return columns_in_turn(a, b, ends.tolist())
+    return rows_in_turn(a, b, ends.tolist())
+
+
+# The two kinds once more, for what F.grouped_mm does not take: rows that are not of whole 16 bytes,
+# float64, no rows. They are slow.
+
+
+def rows_in_turn(a, b, ends):
+    products = [rows.double() @ matrix.double() for rows, matrix in zip(a.tensor_split(ends), b)]
+    return torch.cat(products).to(a.dtype)
+
+
+def columns_in_turn(a, b, ends):
+    groups = zip(a.tensor_split(ends, dim=1), b.tensor_split(ends)[:-1])  # -1: behind the last end
+    products = [columns.double() @ rows.double() for columns, rows in groups]
+    return torch.stack(products).to(a.dtype)
 
 
 @grouped_mm.register_fake
@@ -188,18 +239,12 @@ def _(a, b, ends):
     return a.new_empty(*groups, a.shape[0], b.shape[-1])
 
 
-def packed(grad):
-    """grouped_mm wants strides of exactly (out, 1). A single row counts as contiguous with any
-    row stride; the view resets it."""
-    return grad.contiguous().view(-1).view(grad.shape)
-
-
 class GroupedProduct(torch.autograd.Function):
     """rows (R, in), weight (E, out, in), ends (E,) -> (R, out): rows of group e times weight[e]^T.
 
-    Written by hand, because autograd would keep the rows of frozen experts too, which need their
-    weight alone to pass the gradient on; and would hand `grouped_mm` a gradient with stride 0,
-    which it rejects.
+    The rows are kept for the backward pass only where the weight trains: a frozen one needs itself
+    alone to pass the gradient on. Over the two products of a frozen layer of OLMoE, in bfloat16,
+    that saves 48 KiB a token.
     """
 
     @staticmethod
@@ -211,7 +256,6 @@ class GroupedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         rows, weight, ends = ctx.saved_tensors
-        grad = packed(grad)
         grad_rows = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_rows = grouped_mm(grad, weight, ends)
@@ -226,7 +270,8 @@ def experts_grouped(x, routing: Routing, gate_up_proj, down_proj):
     rows = Dispatch.apply(x, order)  # (R, D)
     gate, up = GroupedProduct.apply(rows, gate_up_proj, order.ends).chunk(2, dim=-1)  # (R, F) each
     hidden = F.silu(gate) * up * weight_of_rows(routing, order)
-    return Combine.apply(GroupedProduct.apply(hidden, down_proj, order.ends), order)
+    rows = GroupedProduct.apply(hidden, down_proj, order.ends)  # (R, D)
+    return Combine.apply(rows, order)
 
 
 class Experts(nn.Module):
@@ -234,9 +279,11 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
         super().__init__()
-        E, D, F_ = num_experts, hidden_size, intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))  # gate rows first
-        self.down_proj = nn.Parameter(torch.empty(E, D, F_))
+        # (E, 2F, D), the gate rows first, and (E, D, F)
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(num_experts, 2 * intermediate_size, hidden_size)
+        )
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.path = "grouped"
 
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -284,21 +331,21 @@ def shares(counts):
     return counts.float() / counts.sum(-1, keepdim=True)
 
 
-def prob_sums(routing, mask=None):
-    """The probability that each expert gets, summed over the tokens: (E,) float32."""
-    probs = F.softmax(routing.router_logits, dim=-1, dtype=torch.float32)  # (N, E)
-    if mask is not None:
-        probs = probs * mask.reshape(-1, 1)
-    return probs.sum(0)
-
-
-def load_balancing_loss(routing: Routing, mask: torch.Tensor | None = None) -> torch.Tensor:
+def load_balancing_loss(
+    routing: Routing,
+    mask: torch.Tensor | None = None,
+    load: torch.Tensor | None = None,
+    tokens: torch.Tensor | int | None = None,
+) -> torch.Tensor:
     """How unevenly a layer uses its experts: 1 when balanced, E/K when K experts take every token.
 
         E * sum over e of  f_e P_e      f_e the share of the N*K choices that fell on e,
                                         P_e the mean router probability of e
 
     mask (N,) or (B, T): 1 counts, 0 (padding) does not.
+    load (E,), tokens: f, and the number of tokens to divide by, where routing is of a part only.
+        The loss is linear in P: parts with the same f add up. (train.py: f of a micro-batch over
+        all GPUs, the tokens of the whole step.)
     Switch Transformer (arXiv 2101.03961), eq. 4-6, for top-K.
 
     transformers' `load_balancing_loss_func` differs twice. Its f_e is a share of the N tokens, so
@@ -306,14 +353,14 @@ def load_balancing_loss(routing: Routing, mask: torch.Tensor | None = None) -> t
     so that layers which each collapsed onto other experts look balanced together; here every layer
     answers for itself, and the caller averages.
     """
-    tokens = len(routing.router_logits) if mask is None else mask.sum()
-    return unevenness(expert_load(routing, mask), prob_sums(routing, mask), tokens)
-
-
-def unevenness(load, prob_sums, tokens):
-    """The formula above, of f (E,) and of P (E,) times the number of tokens. It is linear in P: the
-    terms of parts of the tokens, with the f and the number of all, add up."""
-    return len(load) * (load * prob_sums / tokens).sum()
+    if load is None:
+        load = expert_load(routing, mask)
+    if tokens is None:
+        tokens = len(routing.router_logits) if mask is None else mask.sum()
+    probs = F.softmax(routing.router_logits, dim=-1, dtype=torch.float32)  # (N, E)
+    if mask is not None:
+        probs = probs * mask.reshape(-1, 1)
+    return len(load) * (load * probs.sum(0) / tokens).sum()
 
 
 # The lesson --------------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ def test_a_compiled_run_has_the_losses_of_the_plain_one(case, tmp_path, monkeypa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_grouped_product_keeps_the_rules_of_a_custom_operation(dtype):
-    """torch.library.opcheck: the shapes and strides it foretells are those it returns, also for
+    """torch.library.opcheck: the shapes and strides it predicts are those it returns, also for
     symbolic sizes, and no input changes."""
     torch.manual_seed(0)
     a = torch.randn(7, 16, dtype=dtype)

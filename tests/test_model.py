@@ -248,6 +248,18 @@ def test_what_stands_in_the_padding_changes_nothing(case):
         assert left.isfinite().all() and right.isfinite().all()
 
 
+def test_the_examples_of_the_mask_and_of_the_labels_are_what_the_code_does():
+    """model.py draws which keys three tokens see, and says what is predicted where."""
+    sees, positions = model_file.visible_keys, torch.arange(3)
+    assert sees(positions, 3, None)[0, 0].tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    padded = torch.tensor([[0, 1, 1]])
+    assert sees(positions, 3, padded)[0, 0].tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+    assert sees(positions[2:], 3, padded)[0, 0].tolist() == [[0, 1, 1]]  # the others are cached
+    labels = torch.tensor([[7, -100, 8, 9]])
+    targets = model_file.find_targets(labels, torch.device("cpu"))
+    assert [t.tolist() for t in targets] == [[1, 2], [8, 9]]
+
+
 def test_the_loss_is_the_mean_over_the_labelled_tokens():
     """By hand: position t predicts token t + 1, -100 does not count, and the first token is
     predicted by nobody."""

@@ -239,6 +239,45 @@ def test_sorting_by_expert_is_what_it_says():
     assert order.inverse.tolist() == [[4, 0], [1, 2], [5, 3]]
 
 
+def test_the_example_of_the_sort_is_what_the_code_does():
+    """moe.py draws N = 2, K = 2, E = 3."""
+    order = moe.sort_by_expert(torch.tensor([[2, 0], [0, 1]]), 3)
+    assert order.pair.tolist() == [1, 2, 3, 0] and order.token.tolist() == [0, 1, 1, 0]
+    assert order.ends.tolist() == [2, 3, 4] and order.inverse.tolist() == [[3, 0], [1, 2]]
+    x, rows = torch.tensor([[10.0], [20.0]]), torch.tensor([[1.0], [2.0], [4.0], [8.0]])
+    assert Dispatch.apply(x, order).flatten().tolist() == [10, 20, 20, 10]
+    assert Combine.apply(rows, order).flatten().tolist() == [8 + 1, 2 + 4]
+
+
+@pytest.mark.parametrize("width", [8, 6])  # rows of 32 bytes, and of 24, which take the slow way
+def test_a_grouped_product_takes_factors_of_any_stride(width):
+    """As they come from sums and from slices, also as the gradient of a weight, where the last
+    groups may be left out: each group against its own product."""
+    ends = torch.tensor([2, 5, 6], dtype=torch.int32)
+    weight = torch.randn(3, width, 8)
+    bounds = [(0, 2), (2, 5), (5, 6)]
+    for rows in (torch.ones(1, 1).expand(6, width), torch.randn(6, 2 * width)[:, ::2]):
+        product = moe.grouped_mm(rows, weight, ends)
+        by_hand = [rows[start:end] @ matrix for (start, end), matrix in zip(bounds, weight)]
+        assert gap(product, torch.cat(by_hand)) < 2e-6
+        right = torch.randn(6, 8)
+        gradient = moe.grouped_mm(rows.t(), right, ends[:2])
+        by_hand = [rows[start:end].t() @ right[start:end] for start, end in bounds[:2]]
+        assert gap(gradient, torch.stack(by_hand)) < 2e-6
+
+
+def test_parts_of_a_step_add_up_to_its_balance_loss():
+    """Two micro-batches with padding, each with the load and the number of tokens of both."""
+    x, router, _ = make_layer(0)
+    mask = torch.rand(N) < 0.7
+    whole = router(x)
+    load, parts = expert_load(whole, mask), []
+    for part in (slice(0, 9), slice(9, N)):
+        loss = load_balancing_loss(router(x[part]), mask[part], load, mask.sum())
+        parts.append(loss)
+    assert sum(parts).item() == pytest.approx(load_balancing_loss(whole, mask).item(), rel=1e-6)
+
+
 def test_frozen_experts_keep_no_rows_for_the_backward_pass():
     """Only a weight that trains needs its input again; a frozen one passes the gradient on
     without."""
