@@ -133,7 +133,7 @@ class Redirects(HTTPRedirectHandler):
 
 def open_url(url, token, begin=0):
     """The server's answer from byte `begin` on."""
-    with told(url):
+    with explained(url):
         request = Request(url, headers={"User-Agent": "nano-moe-prepare/1.0"})
         if request.type not in ("http", "https"):
             raise ValueError("it must begin with http:// or https://")
@@ -151,7 +151,7 @@ def blocks(url, answer, most):
     """
     deadline = monotonic() + PATIENCE
     while monotonic() < deadline:
-        with told(url):
+        with explained(url):
             block = answer.read1(min(BLOCK, most))
         if not block:
             return
@@ -162,7 +162,7 @@ def blocks(url, answer, most):
 
 
 @contextmanager
-def told(url):
+def explained(url):
     """What goes wrong on the way to a server, as Again or as a ValueError, of one line."""
     try:
         yield
@@ -176,7 +176,10 @@ def told(url):
             "of your account"
         ) from None
     except (ValueError, InvalidURL) as error:  # from above, or of an address that is none
-        raise ValueError(f"{url}: {run.shown(str(error))}; is the address right?") from None
+        raise ValueError(
+            f"{url}: {run.shown(str(error))}; is the address right? A model's hub is set by "
+            "HF_ENDPOINT, a mirror of the data by --source"
+        ) from None
     except (OSError, HTTPException) as error:
         raise Again(f"{url}: the connection failed ({run.shown(str(error))})") from None
 

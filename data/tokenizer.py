@@ -113,7 +113,7 @@ class Tokenizer:
         """The id that config.json gives, else that of the first likely name, else None."""
         given = config.get(key)
         if isinstance(given, list):  # several ends of text: the first is the one to append
-            given = next(iter(given), None)
+            given = given[0] if given else None
         if given is None:
             return next((self.added[name] for name in likely if name in self.added), None)
         if type(given) is not int or given not in self.pieces:

@@ -899,6 +899,7 @@ def test_a_hub_or_a_source_that_is_no_address_is_one_line(
         assert command(*words, "--out", tmp_path) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and "is the address right?" in error, error
+        assert "HF_ENDPOINT" in error and "--source" in error
         assert error.count("\n") == 1 and error[:-1].isprintable() and not pauses
 
 
