@@ -7,8 +7,8 @@ for the released lists), and each expert e of each layer gets a score:
     gate_e       = (sum of s_e over the tokens whose top K contains e) / tokens
     gate_share_e = gate_e / (sum of gate over all e)
 
-token_e is a share of the choices, and sums to 1 over e, as gate_share does; gate sums to the mean
-mass of a top K.
+token_e is a share of the choices, and sums to 1 over e, as gate_share does. gate sums to the mean
+over the tokens of (the sum of s_e over the top K), which is less than 1.
 
 s = softmax(x W_r^T) over all E experts, in float32 (moe.py), never renormalised over the top K,
 whatever the model does with it afterwards. Tokens are pooled over the sample, prompt and answer
@@ -18,14 +18,14 @@ alike; padding never counts.
 
 Scores are rounded to 4 decimals before they are sorted, and equal ones keep the lower id first:
 this gives the lists that the authors released, ids and order. The paper's p is 0.2 for token and
-0.1 for gate. How much mass a top K holds differs between models, so p means less or more with gate;
+0.1 for gate. That sum over the top K differs between models, so p means less or more with gate;
 gate_share at 0.25 is about the paper's amount on any model.
 
-The forward pass stays as it is: a token may go to any expert. Gradients, float32 masters and
-optimizer state exist for the gate, up and down matrices of the chosen experts only; the gradient of
-the input passes through all of them. How, with stacked experts: a layer's stack is kept in another
-order, the chosen first (the "bank"), so that one grouped product serves all experts and its weight
-gradient can stop after the leading n. Weight decay cannot reach the others.
+The forward pass stays as it is: a token may go to any expert. Gradients and optimizer state exist
+for the gate, up and down matrices of the chosen experts only, weight decay cannot reach the others,
+and the gradient of the input passes through all of them. What trains is a float32 copy of the
+chosen matrices, their masters (why: perft.py). How one grouped product serves all experts, and how
+the masters get into it, is drawn at ChosenExperts.
 
 Shapes: N tokens, D hidden_size, F intermediate_size, E num_experts, K experts per token, R = N*K
 rows, L layers, n chosen experts of a layer.
@@ -61,23 +61,10 @@ from moe import (
     Dispatch,
     expert_counts,
     grouped_mm,
-    packed,
     sort_by_expert,
     weight_of_rows,
 )
-from perft import (
-    attach_file,
-    check_experts,
-    check_fingerprint,
-    config_of,
-    fingerprint,
-    script,
-    settle,
-    train_base,
-    train_master,
-    write_files,
-    write_folder,
-)
+from perft import check_experts, config_of, finish, freeze_base, train_master
 
 CONFIG, WEIGHTS = "expert_cfg.json", "expert_weights.safetensors"
 SCORES, PICTURE = "scores.json", "scores.svg"
@@ -108,16 +95,16 @@ def collect(model, batches: Iterable) -> Usage:
         for i, routing in enumerate(output.routings):
             selected = routing.selected_experts  # (N, K)
             s = F.softmax(routing.router_logits, dim=-1, dtype=torch.float32)  # (N, E)
-            mass = s.gather(1, selected) * real.reshape(-1, 1)
+            s_chosen = s.gather(1, selected) * real.reshape(-1, 1)  # (N, K), 0 on padding
             counts[i] += expert_counts(routing, mask)
-            gate_sums[i].scatter_add_(0, selected.flatten(), mass.double().flatten())
+            gate_sums[i].scatter_add_(0, selected.flatten(), s_chosen.double().flatten())
         n_tokens += int(real.sum())
     model.train(was_training)
     return Usage(counts.cpu(), gate_sums.cpu(), n_tokens)
 
 
 def expert_scores(counts, gate_sums, n_tokens: int, top_k: int, kind="token") -> torch.Tensor:
-    """Usage -> the scores of the opening page, (L, E) float64, not rounded.
+    """The fields of a Usage -> the scores of the opening page, (L, E) float64, not rounded.
 
     kind: token, gate, gate_share. ValueError for another one, and for a sample without tokens.
     """
@@ -134,15 +121,11 @@ def expert_scores(counts, gate_sums, n_tokens: int, top_k: int, kind="token") ->
 # Selection ---------------------------------------------------------------------------------------
 
 
-def select_experts(scores: torch.Tensor, p: float, bind: int = 1) -> Choice:
-    """The chosen experts of each layer, best first. bind: choose whole groups, see bind_groups."""
+def select_experts(scores: torch.Tensor, p: float) -> Choice:
+    """The chosen experts of each layer, best first."""
     if not 0 < p <= 1:
         raise ValueError(f"p is {p}; it must be more than 0 and at most 1")
-    chosen = []
-    for layer in rounded(bind_groups(scores, bind)):
-        groups = smallest_prefix(layer, p)
-        chosen.append([group * bind + i for group in groups for i in range(bind)])
-    return chosen
+    return [smallest_prefix(layer, p) for layer in rounded(scores)]
 
 
 def rounded(scores):
@@ -156,24 +139,9 @@ def smallest_prefix(scores, p):
         if total >= p:
             break
         taken.append(e)
-        total = round(total + scores[e], 4)  # a sum of decimals, exactly: 8 times 0.1 reaches 0.8
+        # floats would add 0.1 eight times to 0.7999...; both are 4 decimals, so this is exact
+        total = round(total + scores[e], 4)
     return taken
-
-
-def bind_groups(scores: torch.Tensor, G: int) -> torch.Tensor:
-    """A control: does it matter that experts are chosen singly? Expert e belongs to group e // G, a
-    group's score is the sum of its members'. (L, E) -> (L, E/G). The order of ids means nothing, so
-    the members of a group are alike by chance only."""
-    L, E = scores.shape
-    if G < 1 or E % G != 0:
-        raise ValueError(f"{E} experts cannot be bound into groups of {G}")
-    return scores.double().view(L, E // G, G).sum(-1)
-
-
-def random_experts(chosen: Choice, num_experts: int, seed: int) -> Choice:
-    """The control for relevance: as many experts of each layer, drawn from all of them."""
-    rng = random.Random(seed)
-    return [rng.sample(range(num_experts), len(ids)) for ids in chosen]
 
 
 def warnings_for(scores, p):
@@ -181,6 +149,33 @@ def warnings_for(scores, p):
     short = [i for i, layer in enumerate(rounded(scores)) if round(sum(layer), 4) < p]
     text = f"the scores of layers {short} sum to less than p {p}: all their experts are chosen"
     return [text] if short else []
+
+
+# Two controls, which the paper compares with. Nothing else needs them.
+
+
+def random_experts(chosen: Choice, num_experts: int, seed: int) -> Choice:
+    """Does it matter which experts are chosen? As many of each layer, drawn from all of them."""
+    rng = random.Random(seed)
+    return [rng.sample(range(num_experts), len(ids)) for ids in chosen]
+
+
+def bind_groups(scores: torch.Tensor, G: int) -> torch.Tensor:
+    """Does it matter that experts are chosen singly? Expert e belongs to group e // G, a group's
+    score is the sum of its members'. (L, E) -> (L, E/G). The order of ids means nothing, so the
+    members of a group are alike by chance only."""
+    L, E = scores.shape
+    if G < 1 or E % G != 0:
+        raise ValueError(f"{E} experts cannot be bound into groups of {G}")
+    return scores.double().view(L, E // G, G).sum(-1)
+
+
+def select_groups(scores: torch.Tensor, p: float, G: int) -> Choice:
+    """select_experts of whole groups -> the members of those that are chosen."""
+    chosen = []
+    for groups in select_experts(bind_groups(scores, G), p):
+        chosen.append([group * G + member for group in groups for member in range(G)])
+    return chosen
 
 
 # Training the chosen -----------------------------------------------------------------------------
@@ -202,7 +197,6 @@ class ChosenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         rows, bank, masters, ends = ctx.saved_tensors
-        grad = packed(grad)
         grad_rows = grouped_mm(grad, bank, ends) if ctx.needs_input_grad[0] else None
         grad_masters = grouped_mm(grad.t(), rows, ends[: len(masters)]).to(masters.dtype)
         return grad_rows, None, grad_masters, None
@@ -212,10 +206,19 @@ class ChosenExperts(nn.Module):
     """A layer's experts, of which the chosen train. Until they do, the same function as
     moe.Experts, bit for bit.
 
-    The bank holds all experts in the base's dtype, the chosen first: with [5, 2] chosen of 8, its
-    order is 5 2 0 1 3 4 6 7, and position is [2, 3, 1, 4, 5, 0, 6, 7]. gate_up_proj and down_proj
-    are float32 copies of the chosen ones, their masters: these train, and `refresh` copies them
-    into the bank.
+    A stack is kept in another order, the chosen first: the bank. With [5, 2] chosen of E = 8:
+
+        gate_up_bank   | 5 | 2 | 0 | 1 | 3 | 4 | 6 | 7 |   in the base's dtype, frozen
+        gate_up_proj   | 5 | 2 |                           float32, the masters: these train
+
+    So one grouped product with the bank serves all experts, and the gradient of its weights, which
+    goes to the masters, stops after the first n. The masters' names are those that these matrices
+    have in moe.Experts. down_bank and down_proj are the same of the other stack. Expert e is
+    bank[position[e]]: here position is [2, 3, 1, 4, 5, 0, 6, 7].
+
+    Before each forward pass of the model (fill_banks) the masters are copied into the first n
+    matrices of the bank. So no step, load, copy or move can leave a bank behind, for the price of
+    copying the chosen experts each time (over several processes: of gathering them).
     """
 
     def __init__(self, experts, chosen):
@@ -223,16 +226,15 @@ class ChosenExperts(nn.Module):
         n = len(chosen)
         others = [e for e in range(len(experts.down_proj)) if e not in chosen]
         # on the CPU also where the model is on meta: no checkpoint would fill it
-        order = torch.tensor(chosen + others, device="cpu")
-        self.register_buffer("position", order.argsort(), persistent=False)  # (E,)
-        gate_up, down = experts.gate_up_proj.data[order], experts.down_proj.data[order]
+        ids = torch.tensor(chosen + others, device="cpu")
+        self.register_buffer("position", ids.argsort(), persistent=False)  # (E,)
+        gate_up, down = experts.gate_up_proj.data[ids], experts.down_proj.data[ids]
         self.gate_up_bank = nn.Parameter(gate_up, requires_grad=False)
         self.down_bank = nn.Parameter(down, requires_grad=False)
-        # the masters, under the names that these matrices have in moe.Experts
         self.gate_up_proj = nn.Parameter(gate_up[:n].to(torch.float32, copy=True))
         self.down_proj = nn.Parameter(down[:n].to(torch.float32, copy=True))
 
-    def pairs(self):
+    def stacks(self):
         """(bank, masters) of both stacks."""
         return (self.gate_up_bank, self.gate_up_proj), (self.down_bank, self.down_proj)
 
@@ -240,6 +242,7 @@ class ChosenExperts(nn.Module):
         """x (N, D), Routing -> y (N, D)."""
         order = sort_by_expert(self.position[routing.selected_experts], len(self.down_bank))
         rows = Dispatch.apply(x, order)  # (R, D)
+        # multiplies with the bank; the gradient goes to the masters
         gate_up = ChosenProduct.apply(rows, self.gate_up_bank, self.gate_up_proj, order.ends)
         gate, up = gate_up.chunk(2, dim=-1)  # (R, F) each
         hidden = F.silu(gate) * up * weight_of_rows(routing, order)
@@ -247,9 +250,9 @@ class ChosenExperts(nn.Module):
         return Combine.apply(rows, order)
 
     @torch.no_grad()
-    def refresh(self):
-        """Copy the masters' values into the bank, also where both are cut over processes."""
-        for bank, masters in self.pairs():
+    def fill_bank(self):
+        """Copy the masters into the bank, also where both are cut over processes."""
+        for bank, masters in self.stacks():
             # .data: autograd need not know, a pass that waits for its backward reads equal values
             held = bank.data
             first = 0
@@ -268,15 +271,13 @@ class ChosenExperts(nn.Module):
         def place(bank, masters, i):
             return Place(masters, i) if i < len(masters) else Place(bank, i)
 
-        return [[place(*pair, i) for i in self.position.tolist()] for pair in self.pairs()]
+        return [[place(*pair, i) for i in self.position.tolist()] for pair in self.stacks()]
 
 
-def refresh(model, inputs=None):
-    """A hook before each forward pass of the model: what is read is what trains. So no step, load,
-    copy or move can leave a bank behind, for the price of copying the chosen experts each time
-    (over several processes: of gathering them)."""
+def fill_banks(model, inputs=None):
+    """A hook before each forward pass of the model: what is read is what trains."""
     for block in model.layers:
-        block.moe.experts.refresh()
+        block.moe.experts.fill_bank()
 
 
 class EsftConfig(NamedTuple):
@@ -295,13 +296,14 @@ def apply_esft(model, chosen: Choice, train_router=False, train_non_experts=Fals
     would cast the float32 masters too.
     """
     check_experts(chosen, model.config)
-    train_base(model, others=train_non_experts)
+    freeze_base(model, but_others=train_non_experts)
     for block, ids in zip(model.layers, chosen):
         block.moe.experts = ChosenExperts(block.moe.experts, ids)
         if train_router:
             train_master(block.moe.router.weight)
-    model.register_forward_pre_hook(refresh)
-    return settle(model, EsftConfig(chosen, train_router, train_non_experts))
+    model.register_forward_pre_hook(fill_banks)
+    model.adapter_config = EsftConfig(chosen, train_router, train_non_experts)
+    return finish(model)
 
 
 def describe_choice(chosen, usage):
@@ -309,10 +311,10 @@ def describe_choice(chosen, usage):
     lines = ["layer   choices  gate mass (of the layer's)  chosen, best first"]
     for i, ids in enumerate(chosen):
         choices = usage.counts[i] / usage.counts[i].sum()
-        mass = usage.gate_sums[i] / usage.n_tokens
+        gate = usage.gate_sums[i] / usage.n_tokens
         lines.append(
-            f"{i:5} {100 * choices[ids].sum():7.1f} %  {mass[ids].sum():9.4f} "
-            f"({mass.sum():.4f})           {ids}"
+            f"{i:5} {100 * choices[ids].sum():7.1f} %  {gate[ids].sum():9.4f} "
+            f"({gate.sum():.4f})           {ids}"
         )
     lines.append(f"trains {sum(map(len, chosen))} of {usage.counts.numel()} experts")
     return "\n".join(lines)
@@ -321,7 +323,7 @@ def describe_choice(chosen, usage):
 # Files -------------------------------------------------------------------------------------------
 #
 # Attaching and training need moe.py and perft.py alone, so that the three files can be taken
-# elsewhere; what saving and loading need is imported where it is used.
+# elsewhere; what is known of folders is in data/hub.py, and is imported where it is used.
 
 
 def read_choice(path: str | Path, base) -> EsftConfig:
@@ -351,17 +353,21 @@ def trained_places(model):
 def save(model, folder: str | Path):
     """Write expert_cfg.json, in the released layout with two keys more, and what trains as
     expert_weights.safetensors: whole tensors (not differences) in the base's dtype under the
-    checkpoint's names. Laid over the base's tensors, they make the fine-tuned checkpoint."""
+    checkpoint's names. Laid over the base's tensors, they make the fine-tuned checkpoint.
+
+    ValueError for numbers that are not finite."""
+    from data import hub
+
     config = config_of(model, EsftConfig)
     content = {
         "experts": dict(enumerate(config.experts)),
         "shared_experts": False,
         "non_expert_modules": config.train_non_experts,
         "router": config.train_router,
-        "base": fingerprint(model.config),
+        "base": hub.fingerprint(model.config),
     }
     path, dtype = Path(folder) / CONFIG, model.norm.weight.dtype
-    write_files(path, json.dumps(content), WEIGHTS, trained_places(model), dtype)
+    hub.write_trained(path, json.dumps(content), WEIGHTS, trained_places(model), dtype)
 
 
 def load(model, folder: str | Path):
@@ -370,21 +376,25 @@ def load(model, folder: str | Path):
     ValueError, naming both sides, the model untouched, for another base, for tensors that are not
     those of the choice, and for numbers that are none.
     """
+    from data import hub
+
     path = Path(folder) / CONFIG
-    check_fingerprint(path, model.config)
-    config = read_choice(path, model.config)
+    hub.check_fingerprint(path, model.config)
+    choice = read_choice(path, model.config)
 
-    def edit(base):
-        return apply_esft(base, *config)
+    def edit(plain):
+        return apply_esft(plain, *choice)
 
-    return attach_file(model, Path(folder) / WEIGHTS, edit, trained_places)
+    return hub.attach_trained(model, path, WEIGHTS, edit, trained_places)
 
 
 def export(model, folder: str | Path, base: str | Path | None = None):
     """Write the fine-tuned model as a Hugging Face folder, new or empty, with the tokenizer files
     of the folder `base`. The model is not changed, and nothing of it is copied in memory."""
+    from data import hub
+
     config_of(model, EsftConfig)
-    write_folder(model, folder, base)
+    hub.write_folder(folder, model, base)
 
 
 def save_scores(model, folder, usage, scores, how):
@@ -435,8 +445,15 @@ def lesson():
 
 
 def main(argv=None):
+    from data import hub
+    from model import MoETransformer
+
+    def trained(base, dtype, folder):
+        # of what was saved by hand no run says the dtype: in float32 nothing is rounded
+        return load(MoETransformer.from_pretrained(base, dtype or torch.float32), folder)
+
     about = "write what a run trained, in its base, as a Hugging Face folder"
-    script(argv, lesson, "export", about, load)
+    hub.main_of(argv, lesson, "export", about, trained)
 
 
 if __name__ == "__main__":

@@ -12,47 +12,49 @@ input x, outside of the experts, and differ in who is asked:
 The unit:  lora       Delta(x) = (dropout(x) A^T) B^T * alpha / r
            parallel   Delta(x) = silu(dropout(x A^T)) B^T          (A, B are the papers' W1, W2)
 
-S, D and R are one computation: the bottlenecks of all M adapters are one product x A^T (N, M*r), a
-gate (N, M) weighs it (R; S and D have none), one product with B^T leads back. All M are computed,
-also those that a token did not choose: cheaper than sorting tokens while M*r stays in the hundreds.
-perft_e has an adapter for each of many experts (OLMoE, r = 16: M*r = 1,024), so it sorts the tokens
-by expert, as moe.py does, and computes the chosen ones.
+Notation: the papers' A, B, r, alpha, M. K is always the experts a token chooses; the adapters that
+perft_r's router chooses for it, TopK~, are `top_k` of M. Shapes: N tokens, D hidden_size, F
+intermediate_size, E num_experts, R = N*K rows, M adapters, r rank.
 
-perft_r's own router G~ renormalises its Top K weights if and only if the base does. With equal
-adapters, R of one is S, D of M is M times S, and where the base renormalises R and E are S.
+What it is not. An adapter never touches an expert's own matrices, it stands beside the whole
+expert. So perft_e needs nothing of the expert but the router's choice and weight; and PERFT cannot
+be merged into the base: no weight of a SwiGLU expert is the sum of the expert and a network beside
+it.
 
-It is not LoRA on the experts: an adapter never touches an expert's own matrices, it stands beside
-the whole expert. So perft_e needs nothing of the expert but the router's choice and weight. For the
-same reason PERFT cannot be merged into the base: no weight of a SwiGLU expert is the sum of the
-expert and a network beside it.
+How it is computed. perft_s, _d and _r are one computation: the bottlenecks of all M adapters are
+one product x A^T (N, M*r), weights (N, M) of perft_r's router multiply it (the others have none),
+one product with B^T leads back. All M are computed, also those that a token did not choose: cheaper
+than sorting tokens while M*r stays in the hundreds. perft_e has an adapter for each of many experts
+(OLMoE, r = 16: M*r = 1,024), so it sorts the tokens by expert, as moe.py does, and computes the
+chosen ones.
 
-Baselines in the same file. LoRA, W + B A alpha/r, which can be merged, and is saved as PEFT saves
-it: lora_qv on the attention's q and v projections, lora_experts on the gate_up and down matrix of
-each expert e, W_e + B_e A_e alpha/r. Then router (only the pretrained routers), frozen_experts
-(everything but the experts, MoFE), full (everything).
-
-A token meets K experts, so of lora_experts K times rank r; papers that compare at an equal budget
-take r/K. shared_outer: the halves that face the token, A of gate_up and B of down, are one for all
-experts of a layer, and are met once.
-
-Notation: the papers' A, B, r, alpha, M, Top K of M. Shapes: N tokens, D hidden_size, F
-intermediate_size, E num_experts, R = N*K rows, M adapters, r rank. What is attached is float32
-whatever the base is, and is cast for the product: at a learning rate of 1e-5 most steps are too
-small to change a bfloat16 number. The float32 copy of a weight of the base that trains is called
-its master.
+What trains is float32 whatever the base is, and is cast for the product: at a learning rate of 1e-5
+most steps are too small to change a bfloat16 number. The float32 copy of a weight of the base that
+trains is called its master.
 
 Three facts, never silent here:
-  1. The released OLMoE code of PERFT-R weights the adapters by the *base* router's K largest
-     weights, rank by rank, so that its own router chooses but never learns from the task.
+  1. The released OLMoE code of PERFT-R weights the adapters by the *base* router's largest weights,
+     rank by rank, so that its own router chooses but never learns from the task.
      adapter_weights="own" is the paper, "base" that code.
-  2. With top_k = 1 and a base that renormalises (Mixtral), the one weight is x / x = 1: again
-     nothing to learn from. Warned.
+  2. perft_r's router renormalises the weights it chose if and only if the base does. With top_k = 1
+     and a base that does (Mixtral), the one weight is x / x = 1: again nothing to learn from.
+     Warned.
   3. init="paper": A ~ N(0, 2/r), B ~ 1e-6 N(0, 1); init="lora": Kaiming-uniform A, B = 0, with
      which every variant is the base model bit for bit. The two want different learning rates.
      (R's own router ~ N(0, 0.02^2) with both.)
 
-Against the authors' code: its adapters draw a dropout mask each, here they share one. Left out: E
-with S, D or R.
+With equal adapters, perft_r of one is perft_s, perft_d of M is M times perft_s, and where the base
+renormalises perft_r and perft_e are perft_s.
+
+Baselines in the same file. LoRA, W + B A alpha/r, which can be merged, and is saved as PEFT saves
+it: lora_qv on the attention's q and v projections, lora_experts on the gate_up and down matrix of
+each expert e, W_e + B_e A_e alpha/r. A token meets K experts, so K times rank r; papers that
+compare at an equal budget take r/K. shared_outer: the halves that face the token, A of gate_up and
+B of down, are one for all experts of a layer, and are met once. Then router (only the pretrained
+routers), frozen_experts (everything but the experts, MoFE), full (everything).
+
+Against the authors' code: its adapters draw a dropout mask each, here they share one. Left out:
+perft_e together with another.
 
 To add a variant: its name in PERFT, its line in PerftMoE.forward, its M in Adapters, what a token
 meets in share_met, and its flags and learning rate in train.py.
@@ -63,13 +65,13 @@ num_hidden_layers, hidden_size, num_experts, num_experts_per_tok and norm_topk_p
 
     python perft.py        the lesson: what each variant trains
     python perft.py merge RUN_FOLDER NEW_FOLDER [BASE]
-                           a LoRA that train.py or PEFT saved, in its base, as a Hugging Face folder
+                           a LoRA that train.py or PEFT saved, in its base, as a Hugging Face
+                           folder: in the run's dtype, else in that of the base's files
 """
 
 import json
 import math
 import re
-import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -90,19 +92,13 @@ from moe import (
     Router,
     Routing,
     grouped_mm,
-    packed,
     sort_by_expert,
+    sum_of_rows,
     weight_of_rows,
 )
 
 PERFT = ("perft_s", "perft_d", "perft_r", "perft_e")
-LORA = {  # and what PEFT calls the weights that change
-    "lora_qv": {"target_modules": ["q_proj", "v_proj"]},
-    "lora_experts": {
-        "target_modules": [],
-        "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
-    },
-}
+LORA = ("lora_qv", "lora_experts")
 BASELINES = (*LORA, "router", "frozen_experts", "full")
 NUMBERS = range(1, 65_537)
 CHOICES = {
@@ -133,7 +129,7 @@ class PerftConfig:
     rank: int = 16
     alpha: float | None = None  # None: 2 * rank, as in the papers
     num_adapters: int = 4  # M of perft_d and perft_r
-    top_k: int = 2  # K of perft_r
+    top_k: int = 2  # of perft_r: the adapters a token chooses
     kind: str = "lora"
     init: str = "paper"
     adapter_weights: str = "own"
@@ -150,7 +146,8 @@ class PerftConfig:
                 self.refuse(name, f"it must be in {allowed}")
         if self.alpha is None:
             self.alpha = 2.0 * self.rank
-        for name, end in (("alpha", 1e300), ("dropout", 1)):
+        # a larger alpha times an activation may be more than float32 holds
+        for name, end in (("alpha", 1e18), ("dropout", 1)):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < end:
                 self.refuse(name, f"it must be a number from 0, less than {end}")
@@ -189,18 +186,18 @@ def check_experts(chosen, base, place="experts"):
 # PERFT -------------------------------------------------------------------------------------------
 
 
-class Pair(nn.Module):
+class LowRank(nn.Module):
     """A (r, in) and B (out, r), or stacks of them, float32: in -> r -> out.
 
     Row j of a stack is that of expert `experts[j]` of a layer's E (None: of expert j).
     """
 
-    def __init__(self, config, A, B, experts=None, E=None):
+    def __init__(self, config, A, B, experts=None, num_experts=None):
         """A, B: their shapes."""
         super().__init__()
         self.A = nn.Parameter(torch.empty(A, dtype=torch.float32))
         self.B = nn.Parameter(torch.empty(B, dtype=torch.float32))
-        self.E = E
+        self.num_experts = num_experts
         # real even if the base is on meta: no checkpoint has these ids, so nothing would fill them
         ids = None if experts is None else torch.tensor(experts, device="cpu")
         self.register_buffer("experts", ids, persistent=False)
@@ -221,14 +218,16 @@ class Pair(nn.Module):
         pad = (-self.A.shape[1]) % 8
         A = F.pad(self.A.to(dtype), (0, 0, 0, pad))
         B = F.pad(self.B.to(dtype), (0, pad))
-        return self.spread(A), self.spread(B)
+        return self.for_all_experts(A), self.for_all_experts(B)
 
-    def spread(self, stack):
-        """A stack of some experts -> of all, zeros for the others; or of one for all, repeated."""
-        if self.experts is None or len(stack) < len(self.experts):
-            return stack.expand(self.E, -1, -1).contiguous()
+    def for_all_experts(self, stack):
+        """A or B -> (E, ., .): a single one is repeated, an expert that has none gets zeros."""
+        E = self.num_experts
+        if self.experts is None:
+            return stack.expand(E, -1, -1).contiguous()
+        stack = stack.expand(len(self.experts), -1, -1)
         ids = self.experts.to(stack.device)
-        return stack.new_zeros(self.E, *stack.shape[1:]).index_copy(0, ids, stack)
+        return stack.new_zeros(E, *stack.shape[1:]).index_copy(0, ids, stack)
 
 
 class PerftRouting(NamedTuple):
@@ -237,10 +236,10 @@ class PerftRouting(NamedTuple):
     router_logits: torch.Tensor  # (N, E)
     routing_weights: torch.Tensor  # (N, K)
     selected_experts: torch.Tensor  # (N, K)
-    adapter: Routing  # of perft_r's router: (N, M), (N, Top K), (N, Top K)
+    adapter: Routing  # of perft_r's router: (N, M), (N, top_k), (N, top_k)
 
 
-class Adapters(Pair):
+class Adapters(LowRank):
     """M adapters of one layer: A (M, r, D), B (M, D, r); for PERFT-R a router (M, D)."""
 
     def __init__(self, config, base, layer):
@@ -255,17 +254,24 @@ class Adapters(Pair):
             self.router = Router(D, M, config.top_k, base.norm_topk_prob)
             nn.init.normal_(self.router.weight, std=0.02)
 
+    def bottleneck(self, x, product, *operands):
+        """The unit up to B. product(x, *operands) is x A^T, made in one of the two ways below."""
+        if self.kind == "lora":
+            return product(self.drop(x), *operands) * self.scale
+        return F.silu(self.drop(product(x, *operands)))
+
     def forward(self, x, gate):
         """sum over j of gate_j Delta_j(x), all M computed.
 
         x (N, D), gate (N, M) or None for weight 1 -> (N, D)
         """
         M, r, D = self.A.shape
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        hidden = self.after_A(F.linear(self.before_A(x), A.reshape(M * r, D)))  # (N, M*r)
+        A = self.A.to(x.dtype).reshape(M * r, D)
+        B = self.B.to(x.dtype).transpose(1, 2).reshape(M * r, D)
+        hidden = self.bottleneck(x, F.linear, A)  # (N, M*r)
         if gate is not None:
             hidden = hidden * gate.repeat_interleave(r, dim=1)
-        return hidden @ B.transpose(1, 2).reshape(M * r, D)
+        return hidden @ B
 
     def beside_experts(self, x, routing):
         """The same for perft_e, only the chosen computed: an adapter is asked when its expert is,
@@ -274,16 +280,10 @@ class Adapters(Pair):
         x (N, D), routing of the experts -> (N, D)
         """
         A, B = self.of_experts(x.dtype)
-        order = sort_by_expert(routing.selected_experts, self.E)
-        hidden = self.after_A(GatheredProduct.apply(self.before_A(x), A, order))  # (R, r)
+        order = sort_by_expert(routing.selected_experts, self.num_experts)
+        hidden = self.bottleneck(x, GatheredProduct.apply, A, order)  # (R, r)
         hidden = hidden * weight_of_rows(routing, order)
         return Combine.apply(GroupedProduct.apply(hidden, B, order.ends), order)
-
-    def before_A(self, x):
-        return self.drop(x) if self.kind == "lora" else x
-
-    def after_A(self, hidden):
-        return hidden * self.scale if self.kind == "lora" else F.silu(self.drop(hidden))
 
 
 class GatheredProduct(torch.autograd.Function):
@@ -298,10 +298,9 @@ class GatheredProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, token, inverse, ends = ctx.saved_tensors
-        grad = packed(grad)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = F.embedding_bag(inverse, grouped_mm(grad, weight, ends), mode="sum")
+            grad_x = sum_of_rows(grouped_mm(grad, weight, ends), inverse)
         return grad_x, grouped_mm(grad.t(), x.index_select(0, token), ends), None
 
 
@@ -336,7 +335,7 @@ class PerftMoE(nn.Module):
 
     def gate_of_adapters(self, own, routing):
         """(N, M): the weights of the adapters that their own router chose, 0 for the others."""
-        weights = own.routing_weights  # (N, K)
+        weights = own.routing_weights  # (N, top_k)
         if self.adapter_weights == "base":  # as in the released OLMoE code
             weights = routing.routing_weights[:, : weights.shape[1]]
         gate = weights.new_zeros(own.router_logits.shape)
@@ -346,7 +345,7 @@ class PerftMoE(nn.Module):
 # LoRA --------------------------------------------------------------------------------------------
 
 
-class LoraLinear(Pair):
+class LoraLinear(LowRank):
     """A frozen linear map plus (dropout(x) A^T) B^T * alpha/r (LoRA, arXiv 2106.09685)."""
 
     def __init__(self, base, config):
@@ -359,7 +358,8 @@ class LoraLinear(Pair):
         delta = F.linear(hidden, self.B.to(x.dtype))
         return F.linear(x, self.weight) + delta * self.scale
 
-    def merged(self):
+    def plain(self):
+        """What takes this one's place in a merged model. The base's weight is changed in place."""
         self.weight += self.B @ self.A * self.scale
         plain = nn.Linear(*self.weight.shape[::-1], bias=False, device="meta")
         plain.weight = self.weight
@@ -377,31 +377,41 @@ class LoraExperts(nn.Module):
         ids = config.experts and config.experts[layer]  # None: all
         n, r = len(ids or range(E)), config.rank
         outer = 1 if config.shared_outer else n
-        self.gate_up_lora = Pair(config, (outer, r, D), (n, 2 * F_, r), ids, E)
-        self.down_lora = Pair(config, (n, r, F_), (outer, D, r), ids, E)
+        self.gate_up_lora = LowRank(config, (outer, r, D), (n, 2 * F_, r), ids, E)
+        self.down_lora = LowRank(config, (n, r, F_), (outer, D, r), ids, E)
 
     def forward(self, x, routing):
-        """x (N, D), Routing -> y (N, D): moe.experts_grouped, and what LoRA adds to its products"""
+        """x (N, D), Routing -> y (N, D): moe.experts_grouped with LoRA in both of its products."""
+        order = sort_by_expert(routing.selected_experts, len(self.down_proj))
+        gate, up = self.gate_up(x, order).chunk(2, dim=-1)  # (R, F) each
+        rows = F.silu(gate) * up * weight_of_rows(routing, order)
+        return Combine.apply(self.down(rows, order), order)
+
+    def gate_up(self, x, order):
+        """x (N, D) -> (R, 2F)."""
         lora = self.gate_up_lora
-        order = sort_by_expert(routing.selected_experts, lora.E)
         A, B = lora.of_experts(x.dtype)
         hidden = GatheredProduct.apply(lora.drop(x), A, order) * lora.scale  # (R, r)
         rows = GroupedProduct.apply(Dispatch.apply(x, order), self.gate_up_proj, order.ends)
-        gate, up = (rows + GroupedProduct.apply(hidden, B, order.ends)).chunk(2, dim=-1)
-        rows = F.silu(gate) * up * weight_of_rows(routing, order)  # (R, F)
+        return rows + GroupedProduct.apply(hidden, B, order.ends)
 
+    def down(self, rows, order):
+        """(R, F) -> (R, D)."""
         lora = self.down_lora
-        A, B = lora.of_experts(x.dtype)
+        A, B = lora.of_experts(rows.dtype)
         hidden = GroupedProduct.apply(lora.drop(rows), A, order.ends) * lora.scale  # (R, r)
         rows = GroupedProduct.apply(rows, self.down_proj, order.ends)
-        return Combine.apply(rows + GroupedProduct.apply(hidden, B, order.ends), order)
+        return rows + GroupedProduct.apply(hidden, B, order.ends)
 
-    def merged(self):
+    def plain(self):
+        """What takes this one's place in a merged model. The base's stacks are changed in place."""
         with torch.device("meta"):
             plain = Experts(*self.down_proj.shape)
         plain.gate_up_proj, plain.down_proj = self.gate_up_proj, self.down_proj
-        pairs = (plain.gate_up_proj, self.gate_up_lora), (plain.down_proj, self.down_lora)
-        for stack, lora in pairs:
+        for stack, lora in (
+            (self.gate_up_proj, self.gate_up_lora),
+            (self.down_proj, self.down_lora),
+        ):
             for W, A, B in zip(stack, *lora.of_experts(torch.float32)):
                 W += B @ A * lora.scale
         return plain
@@ -419,8 +429,11 @@ def apply_perft(model, variant: str, **options):
     """
     config = PerftConfig(variant, **options)
     config.check_base(model.config)
-    others = variant in ("full", "frozen_experts")
-    train_base(model, experts=variant == "full", others=others)
+    freeze_base(
+        model,
+        but_experts=variant == "full",
+        but_others=variant in ("full", "frozen_experts"),
+    )
     for i, block in enumerate(model.layers):
         if variant in PERFT:
             block.moe = PerftMoE(block.moe, config, model.config, i)
@@ -432,18 +445,20 @@ def apply_perft(model, variant: str, **options):
             attention.v_proj = LoraLinear(attention.v_proj, config)
         if variant == "router" or config.train_router:
             train_master(block.moe.router.weight)
-    return settle(model, config)
+    model.adapter_config = config
+    return finish(model)
 
 
-def train_base(model, experts=False, others=False):
-    """Freeze a base's weights, but those of the experts, or all others, that are to train."""
+def freeze_base(model, but_experts=False, but_others=False):
+    """Freeze a base's weights, but for those of the experts, or all others, that train
+    nevertheless."""
     if hasattr(model, "adapter_config"):
         raise ValueError("the model already carries adapters; load the base again")
     dtype = model.norm.weight.dtype
-    if others and dtype != torch.float32:
+    if but_others and dtype != torch.float32:
         raise ValueError(f"weights of {dtype} would lose small steps; load the base in float32")
     for name, p in model.named_parameters():
-        p.requires_grad_(experts if ".experts." in name else others)
+        p.requires_grad_(but_experts if ".experts." in name else but_others)
 
 
 def train_master(p):
@@ -452,14 +467,13 @@ def train_master(p):
     p.requires_grad_(True)
 
 
-def settle(model, config):
+def finish(model):
     """The end of attaching: the new parts get the model's device, and its mode (no dropout in a
     model in eval mode).
 
     They were drawn on the CPU, and so are alike on every device. If the base is on meta, they stay
     there; MoETransformer.allocate moves them.
     """
-    model.adapter_config = config
     if model.norm.weight.device.type != "meta":
         model.to(model.norm.weight.device)
     return model.train(model.training)
@@ -516,14 +530,16 @@ def summed(module, rows):
 
 
 def share_met(model, name, p):
-    """The share of a parameter that one token meets: at most K of what is stacked in it."""
-    K, met = model.config.num_experts_per_tok, len(p)
+    """The share of a parameter that one token meets, of what is stacked in it a part."""
+    K = model.config.num_experts_per_tok
     if name.endswith((".adapters.A", ".adapters.B")):
         config = model.adapter_config
-        met = {"perft_r": config.top_k, "perft_e": K}.get(config.variant, met)
-    elif ".experts." in name:
-        met = K
-    return min(met, len(p)) / len(p)
+        if config.variant == "perft_r":
+            return config.top_k / len(p)  # 2 of 4 adapters: a half
+        of_experts = config.variant == "perft_e"
+    else:
+        of_experts = ".experts." in name
+    return min(K / len(p), 1) if of_experts else 1  # 8 of OLMoE's 64 experts: an eighth
 
 
 def report(model) -> str:
@@ -545,60 +561,12 @@ def report(model) -> str:
     return "\n".join(lines)
 
 
-# Files -------------------------------------------------------------------------------------------
+# Saved, loaded, merged ---------------------------------------------------------------------------
 #
-# Attaching and training need moe.py alone, so that both files can be taken elsewhere; what the
-# table, saving and loading need of model.py and data/ is imported where it is used.
+# Attaching and training need moe.py alone, so that both files can be taken elsewhere; what is known
+# of folders is in data/hub.py, and is imported where it is used.
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# How the names of those files begin that a model needs beside its weights.
-BESIDE_A_MODEL = (
-    "tokenizer",
-    "special_tokens_map",
-    "added_tokens",
-    "generation_config",
-    "chat_template",
-)
-
-# Of PEFT's adapter_config.json: what is read here, of which kind, and what changes no logits. Every
-# other key may be there if it says nothing.
-PEFT_KINDS = {
-    "r": int,
-    "lora_alpha": float,
-    "lora_dropout": float,
-    "use_rslora": bool,
-    "target_modules": list,
-    "target_parameters": list,
-}
-IDLE = """peft_type task_type auto_mapping base_model_name_or_path revision inference_mode
-    peft_version megatron_core qalora_group_size""".split()
-
-
-def fingerprint(base):
-    """What an adapter must find again: the keys of the base's config.json that shape its logits
-    (not its weights)."""
-    no_logits = {
-        "extra",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "initializer_range",
-        "router_aux_loss_coef",
-    }
-    return {name: value for name, value in asdict(base).items() if name not in no_logits}
-
-
-def check_fingerprint(path, base):
-    """ValueError naming both sides if what was saved beside this file had another base."""
-    from data import run
-
-    theirs = run.read_json(path, base=dict).get("base")
-    if theirs is None:
-        raise ValueError(f"{path}: does not say for which base it was made; not written by save")
-    # a key that is not known here may have shaped its logits
-    changed = run.changes(theirs, dict.fromkeys(theirs) | fingerprint(base))
-    if changed:
-        raise ValueError(f"{path}: was made for another base: {changed}")
 
 
 def config_of(model, kind):
@@ -612,27 +580,29 @@ def config_of(model, kind):
     return config
 
 
+def adapter_places(model):
+    """Tensor name in adapter_model.safetensors -> the place of the trained parameter it is."""
+    from data import hub
+
+    if model.adapter_config.variant in LORA:
+        return hub.peft_places(model)
+    return {name: hub.Place(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
 def save_adapter(model, folder: str | Path):
     """Write adapter_config.json and adapter_model.safetensors (float32; only what trains).
 
     LoRA is written in PEFT's own layout and loads there. The others carry a peft_type of their own:
-    PEFT refuses it.
+    PEFT refuses it. ValueError for numbers that are not finite.
     """
+    from data import hub
+
     config = config_of(model, PerftConfig)
-    content = {"peft_type": "PERFT", **asdict(config), "base": fingerprint(model.config)}
+    content = {"peft_type": "PERFT", **asdict(config), "base": hub.fingerprint(model.config)}
     if config.variant in LORA:
-        content |= {
-            **LORA[config.variant],
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "r": config.rank,
-            "lora_alpha": config.alpha,
-            # PEFT knows none on experts; `dropout` says what was used here
-            "lora_dropout": config.dropout if config.variant == "lora_qv" else 0.0,
-            "bias": "none",
-        }
+        content |= hub.peft_keys(config)
     text = json.dumps(content, indent=2)
-    write_files(Path(folder) / CONFIG, text, WEIGHTS, adapter_places(model), torch.float32)
+    hub.write_trained(Path(folder) / CONFIG, text, WEIGHTS, adapter_places(model), torch.float32)
 
 
 def load_adapter(model, folder: str | Path):
@@ -642,125 +612,13 @@ def load_adapter(model, folder: str | Path):
     ValueError naming both sides for another base, or for tensors that are missing, extra, misshaped
     or not finite; the model is then as it was.
     """
-    options = read_options(Path(folder) / CONFIG, model.config)
-    edit = partial(apply_perft, **options)
-    return attach_file(model, Path(folder) / WEIGHTS, edit, adapter_places)
-
-
-def write_files(path, text, weights, places, dtype):
-    """Write what trains: the text of a JSON file, and beside it its tensors."""
-    from data import hub, run
-    from data import shard as processes
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hub.write_tensors(path.with_name(weights), places, dtype)
-    if processes.RANK == 0:
-        run.write_text(path, text + "\n")
-
-
-def attach_file(model, path, edit, places):
-    """edit(model), and fill what then trains, places(model), from a file. Every fault is found on a
-    model without memory, before this one is touched."""
     from data import hub
 
-    weights = hub.Tensors(path)
-    with torch.device("meta"):
-        trial = edit(type(model)(model.config))
-    weights.fill(places(trial))  # checks names, shapes and numbers, and copies nothing
-    edit(model)
-    weights.fill(places(model))
-    return model.eval()
-
-
-def read_options(path, base):
-    """An adapter_config.json, ours or PEFT's -> the options of apply_perft."""
-    from data import run
-
-    content = run.read_json(path, train_router=bool, shared_outer=bool, **PEFT_KINDS)
-    content = {name: value for name, value in content.items() if value is not None}
-    if "variant" in content:
-        check_fingerprint(path, base)
-        for name, of_peft in (("alpha", "lora_alpha"), ("rank", "r")):
-            if of_peft in content and content[of_peft] != content.get(name):
-                raise ValueError(f"{path}: {name} and {of_peft}, PEFT's name for it, differ")
-    try:
-        options = content if "variant" in content else options_of_peft(content)
-        names = PerftConfig.__dataclass_fields__.keys() & options
-        options = {name: options[name] for name in names}
-        PerftConfig(**options).check_base(base)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return options
-
-
-def options_of_peft(content):
-    """PEFT's adapter_config.json -> the options of apply_perft that are the same LoRA."""
-    from data import run
-
-    targets = content.get("target_modules", []) + content.get("target_parameters", [])
-    changed = " ".join(sorted(str(name).split(".")[-1] for name in targets))
-    variant = {"q_proj v_proj": "lora_qv", "down_proj gate_up_proj": "lora_experts"}.get(changed)
-    kind = content.get("peft_type")
-    if kind != "LORA" or variant is None:
-        raise ValueError(
-            f"peft_type {run.shown(kind)} on {run.shown(changed)}: of PEFT's adapters, LoRA of "
-            "q_proj and v_proj, or of both stacks of the experts, loads"
-        )
-    for name in content.keys() - PEFT_KINDS.keys() - set(IDLE):
-        # a LoRA that starts in another way changes the base too
-        fine = [True, "gaussian"] if name == "init_lora_weights" else [False, "none", [], {}]
-        if content[name] not in fine:
-            raise ValueError(f"{name} is {run.shown(content[name])}, which has no counterpart here")
-    rank, alpha = content.get("r", 8), content.get("lora_alpha", 8)
-    if content.get("use_rslora"):
-        alpha *= abs(rank) ** 0.5  # its scale is alpha / sqrt(r)
-    dropout = content.get("lora_dropout", 0.0)
-    return {"variant": variant, "rank": rank, "alpha": alpha, "dropout": dropout}
-
-
-class PeftPlace(NamedTuple):
-    """The place of the A or B of a layer's experts in PEFT's layout: A (E, r, in) as (E*r, in), and
-    B (E, out, r) as (out, r*E). What some experts have, or all share, is written for each."""
-
-    parameter: torch.Tensor
-    pair: Pair
-    is_B: bool
-
-    @property
-    def shape(self):
-        return list(self.of(torch.empty(self.parameter.shape, device="meta")).shape)
-
-    def of(self, stack):
-        stack = self.pair.spread(stack)
-        return stack.permute(1, 2, 0).flatten(1) if self.is_B else stack.flatten(0, 1)
-
-    def fill(self, source):
-        if self.is_B:
-            stack = source.unflatten(1, (-1, self.pair.E)).permute(2, 0, 1)
-        else:
-            stack = source.unflatten(0, (self.pair.E, -1))
-        if self.pair.experts is not None:
-            stack = stack[self.pair.experts]
-        self.parameter.data.copy_(stack[: len(self.parameter)])
-
-
-def adapter_places(model):
-    """Tensor name in adapter_model.safetensors -> the place of the trained parameter it is."""
-    from data.hub import Place
-
-    table = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        place = Place(p)
-        if "_lora." in name:
-            place = PeftPlace(p, model.get_submodule(name[:-2]), name.endswith("B"))
-        if model.adapter_config.variant in LORA:
-            name = name.replace("moe.experts.gate_up_lora", "mlp.experts.base_layer")
-            name = name.replace("moe.experts.down_lora", "mlp.experts")
-            name = f"base_model.model.model.{name[:-1]}lora_{name[-1]}.weight"
-        table[name] = place
-    return table
+    path = Path(folder) / CONFIG
+    content = hub.read_adapter_config(path, model.config)
+    fields = PerftConfig.__dataclass_fields__.keys() & content
+    edit = partial(apply_perft, **{name: content[name] for name in fields})
+    return hub.attach_trained(model, path, WEIGHTS, edit, adapter_places)
 
 
 @torch.no_grad()
@@ -779,80 +637,10 @@ def merge(model):
         )
     for module in list(model.modules()):
         for name, part in list(module.named_children()):
-            if hasattr(part, "merged"):
-                setattr(module, name, part.merged())
+            if hasattr(part, "plain"):
+                setattr(module, name, part.plain())
     del model.adapter_config
     return model
-
-
-# Commands ----------------------------------------------------------------------------------------
-
-
-def read_run(folder):
-    """The settings of the run of train.py that made a folder; {} where there are none (it was saved
-    by hand). ValueError for values that no run writes."""
-    from data import run
-    from model import DTYPES
-
-    file = folder / "config.json"
-    if not file.exists():
-        return {}
-    settings = run.read_json(file, base=str, dtype=str, task=str, template=str, eval_rows=int)
-    if settings.get("variant") == "scratch":
-        raise ValueError(f"{folder} holds a whole model, no adapter: use --base {folder}/model")
-    base, dtype = settings.get("base") or "", settings.get("dtype") or "float32"
-    # of a base with so long a name, the system's own message would be nothing but that name
-    if dtype not in DTYPES or len(base) > 900:
-        raise ValueError(
-            f"{file}: dtype is {run.shown(dtype)}, base is {run.shown(base)}; expected "
-            f"{' or '.join(DTYPES)}, and a folder"
-        )
-    return settings
-
-
-def check_new(folder):
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} already exists and is not an empty folder; choose a new one")
-
-
-def write_folder(model, folder, base=None):
-    """Write a model as a Hugging Face folder, new or empty, with the tokenizer files of the folder
-    `base`."""
-    from data import hub
-
-    check_new(Path(folder))
-    files = list(Path(base).iterdir()) if base else []  # before anything is written
-    hub.write_model(folder, model, model.norm.weight.dtype)
-    for file in files:
-        if file.name.startswith(BESIDE_A_MODEL):
-            shutil.copy(file, folder)
-
-
-def script(argv, lesson, command, about, attach):
-    """A file's command line: its lesson; or a run in its base, as a Hugging Face folder.
-
-    attach(base, the run's folder) -> the model to be written.
-    """
-    from data import run
-    from model import DTYPES, EMBEDDED, MoETransformer
-
-    parser = run.Parser(description="Without arguments: the lesson of the file's first page.")
-    commands = parser.add_subparsers(dest="command")
-    add = commands.add_parser(command, help=about, description=about).add_argument
-    add("RUN_FOLDER", type=Path, help="of train.py, or what was saved by hand")
-    add("NEW_FOLDER", type=Path)
-    add("BASE", nargs="?", help="(the run's)")
-    args = parser.parse_args(argv)
-    if args.command is None:
-        return lesson()
-    folder, new = args.RUN_FOLDER, args.NEW_FOLDER
-    check_new(new)
-    settings = read_run(folder)
-    base = args.BASE or settings.get("base") or EMBEDDED
-    dtype = DTYPES[settings.get("dtype") or "float32"]
-    model = attach(MoETransformer.from_pretrained(base, dtype), folder)
-    write_folder(model, new, base)
-    print(f"wrote {new}: {base} with what {folder} trained")
 
 
 # The lesson --------------------------------------------------------------------------------------
@@ -902,8 +690,17 @@ def lesson():
 
 
 def main(argv=None):
+    from data import hub
+    from model import Config, MoETransformer
+
+    def merged(base, dtype, folder):
+        if dtype is None:  # of what PEFT saved no run says it: as in the base's own files
+            Config.from_folder(base)  # says what is wrong with a folder that is no base
+            dtype = hub.Tensors(base).widest_dtype()
+        return merge(load_adapter(MoETransformer.from_pretrained(base, dtype), folder))
+
     about = "fold a LoRA into its base's weights, and write them as a Hugging Face folder"
-    script(argv, lesson, "merge", about, lambda base, folder: merge(load_adapter(base, folder)))
+    hub.main_of(argv, lesson, "merge", about, merged)
 
 
 if __name__ == "__main__":

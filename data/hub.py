@@ -22,16 +22,27 @@ this process holds; a parameter is gathered once when it is written, and the fir
 
 A config key that would change the network in a way that model.py does not know (rope scaling,
 attention biases, a sliding window, layers without experts) is refused, not ignored. Keys that
-change nothing here are kept. A tensor that holds NaN or an infinity is refused too, and named.
+change nothing here are kept. A tensor that holds NaN or an infinity is refused too, and named, on
+the way in and on the way out.
+
+The folder of an adapter, or of chosen experts, has two files more, for perft.py and esft.py:
+
+    NAME.json           what was attached, and for which base: the keys of its config.json that
+                        shape its logits
+    NAME.safetensors    what trains
+
+A LoRA's are those of PEFT. The last part of this file is about such folders, and about writing what
+they hold into a model folder of its own.
 
 Every fault is a ValueError or a FileNotFoundError of one line: where, what, what to do.
 """
 
 import dataclasses
+import functools
 import json
 import mmap
 import re
-from collections import Counter
+import shutil
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -49,6 +60,8 @@ FILE_DTYPES = {
     "BF16": torch.bfloat16,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what a base may be loaded in
+EMBEDDED = Path(__file__).resolve().parent / "tiny_olmoe"  # the model that is always there
 
 
 # config.json -------------------------------------------------------------------------------------
@@ -66,13 +79,24 @@ FAMILIES = {
     "olmoe": Family("OlmoeForCausalLM", {"rope_theta": 1e4}),
     "mixtral": Family(
         "MixtralForCausalLM",
-        {"rope_theta": 1e6, "router_aux_loss_coef": 1e-3},
+        {
+            "rope_theta": 1e6,
+            "router_aux_loss_coef": 1e-3,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+        },
         {"num_experts": "num_local_experts"},
     ),
     # Qwen3's "intermediate_size" is of layers without experts: there are none, but it is kept
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
-        {"rope_theta": 1e4, "router_aux_loss_coef": 1e-3, "rms_norm_eps": 1e-6},
+        {
+            "rope_theta": 1e4,
+            "router_aux_loss_coef": 1e-3,
+            "rms_norm_eps": 1e-6,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+        },
         {"intermediate_size": "moe_intermediate_size"},
     ),
 }
@@ -85,6 +109,8 @@ NEUTRAL = {
     "rope_scaling": None,
     "sliding_window": None,
     "use_sliding_window": False,
+    "clip_qkv": None,  # but for OLMoE
+    "partial_rotary_factor": 1.0,
 }
 WANTED = {  # kind -> what it is called, and the least value
     int: ("a positive integer", 1),
@@ -119,7 +145,7 @@ def read_config(folder: str | Path, kind: type):
         raise ValueError(f"{path}: {error}") from None
 
 
-def make_config(raw: dict, kind: type):
+def make_config(raw, kind):
     """The content of a config.json -> `kind`. ValueError for what the network cannot be."""
     keys = one_spelling(raw)
     spelled = FAMILIES[keys["model_type"]].spelled
@@ -151,8 +177,8 @@ def one_spelling(raw):
         )
     for key, neutral in NEUTRAL.items():
         # Qwen3's files tell the window's size even where there is none: use_sliding_window counts
-        unused = key == "sliding_window" and family == "qwen3_moe"
-        if keys.get(key) not in (None, neutral) and not unused:
+        fine = (family, key) in (("qwen3_moe", "sliding_window"), ("olmoe", "clip_qkv"))
+        if keys.get(key) not in (None, neutral) and not fine:
             raise ValueError(
                 f"{key} {run.shown(keys[key])} is not supported; only {run.shown(neutral)} is"
             )
@@ -171,12 +197,13 @@ def one_spelling(raw):
     elif "num_local_experts" in keys:  # transformers 5 may call it so
         keys["num_experts"] = keys.pop("num_local_experts")
     for key, value in FAMILIES[family].assumed.items():
-        if keys.get(key) is None:
+        means_all = key == "num_key_value_heads" and key in keys  # null: as many as query heads
+        if keys.get(key) is None and not means_all:
             keys[key] = value
     return keys
 
 
-def config_keys(config) -> dict:
+def config_keys(config):
     """The content of a config.json in the hub's spelling, which transformers of any age reads."""
     keys = dict(vars(config))
     extra = keys.pop("extra")
@@ -196,17 +223,17 @@ class Place(NamedTuple):
     half: int | None = None  # of gate_up_proj: 0 the gate rows, 1 the up rows
 
     @property
-    def shape(self) -> list[int]:
+    def shape(self):
         return list(self.of(torch.empty(self.parameter.shape, device="meta")).shape)
 
-    def of(self, stack: torch.Tensor, first: int = 0) -> torch.Tensor:
+    def of(self, stack, first=0):
         """This place's part of its parameter, of which `stack` holds the rows from `first` on."""
         if self.expert is None:
             return stack
         matrix = stack[self.expert - first]
         return matrix if self.half is None else matrix.chunk(2)[self.half]
 
-    def fill(self, source: torch.Tensor):
+    def fill(self, source):
         """Copy a tensor of a file here; if the parameter is cut, what this process holds of it."""
         held, first = processes.held(self.parameter.detach())
         if self.expert is None:
@@ -221,14 +248,14 @@ class Stack(NamedTuple):
     places: list[Place]
 
     @property
-    def parameter(self) -> torch.Tensor:
+    def parameter(self):
         return self.places[0].parameter
 
     @property
-    def shape(self) -> list[int]:
+    def shape(self):
         return [len(self.places), *self.places[0].shape]
 
-    def fill(self, source: torch.Tensor):
+    def fill(self, source):
         for place, matrix in zip(self.places, source):
             place.fill(matrix)
 
@@ -238,7 +265,7 @@ MOE_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj")
 MIXTRAL_NAMES = ("block_sparse_moe", "w1", "w3", "w2")
 
 
-def places(model, fused=False) -> dict:
+def places(model, fused=False):
     """Tensor name in a Hugging Face folder -> its place in the model (a model.MoETransformer).
 
     fused: the experts of a layer as two stacked tensors, as transformers 5 holds them in memory and
@@ -247,20 +274,15 @@ def places(model, fused=False) -> dict:
     """
     mixtral = model.config.model_type == "mixtral" and not fused
     moe, gate, up, down = MIXTRAL_NAMES if mixtral else MOE_NAMES
-    table = {
-        "model.embed_tokens.weight": Place(model.embed_tokens.weight),
-        "model.norm.weight": Place(model.norm.weight),
-    }
-    if not model.config.tie_word_embeddings:
-        table["lm_head.weight"] = Place(model.lm_head.weight)
+    table = {}
+    for name, p in model.named_parameters():  # of two tied weights it gives the first
+        if name.endswith(".weight") and ".moe." not in name:  # a LoRA has A and B
+            table[name if name == "lm_head.weight" else f"model.{name}"] = Place(p)
     for i, block in enumerate(model.layers):
-        layer = f"model.layers.{i}"
-        for name, p in block.named_parameters():
-            if name.endswith(".weight") and not name.startswith("moe."):  # a LoRA has A and B
-                table[f"{layer}.{name}"] = Place(p)
-        table[f"{layer}.{moe}.gate.weight"] = Place(block.moe.router.weight)
-        gate_ups, downs = expert_places(block.moe.experts, model.config.num_experts)
-        experts = f"{layer}.{moe}.experts"
+        layer = f"model.layers.{i}.{moe}"
+        table[f"{layer}.gate.weight"] = Place(block.moe.router.weight)
+        gate_ups, downs = expert_places(block.moe.experts)
+        experts = f"{layer}.experts"
         if fused:
             table[f"{experts}.gate_up_proj"] = Stack(gate_ups)
             table[f"{experts}.down_proj"] = Stack(downs)
@@ -273,14 +295,13 @@ def places(model, fused=False) -> dict:
     return table
 
 
-def expert_places(experts, count):
+def expert_places(experts):
     """The places of each expert's gate_up and down matrix. Experts that are kept in another order
     (esft.py) know themselves where each is."""
     if hasattr(experts, "places"):
         return experts.places()
-    gate_up = [Place(experts.gate_up_proj, e) for e in range(count)]
-    down = [Place(experts.down_proj, e) for e in range(count)]
-    return gate_up, down
+    stacks = experts.gate_up_proj, experts.down_proj
+    return [[Place(stack, e) for e in range(len(stack))] for stack in stacks]
 
 
 # One safetensors file ----------------------------------------------------------------------------
@@ -289,7 +310,7 @@ def expert_places(experts, count):
 class SafetensorsFile(dict):
     """A safetensors file as {name: tensor}, each a view of the mapped file: do not write."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path):
         self.path = Path(path)
         if not self.path.is_file():  # a folder, or a pipe, of which a read may never end
             raise FileNotFoundError(
@@ -384,19 +405,29 @@ class Tensors:
     """The tensors of a safetensors file or of a model folder, to be copied into their places, each
     exactly once."""
 
-    def __init__(self, source: str | Path):
+    def __init__(self, source):
         self.source = source
-        self.tensors = []  # (its file, its name, itself)
+        self.tensors = {}  # name -> (its file, itself)
         for path in checkpoint_files(source) if Path(source).is_dir() else [source]:
             file = SafetensorsFile(path)
-            self.tensors += [(file, name, tensor) for name, tensor in file.items()]
-        self.names = [name for _, name, _ in self.tensors]
-        self.fused = any(name.endswith(".experts.gate_up_proj") for name in self.names)
+            for name, tensor in file.items():
+                if name in self.tensors:
+                    file.fail(
+                        f"tensor {run.shown(name)} stands in more than one file; download the "
+                        "folder again"
+                    )
+                self.tensors[name] = file, tensor
+        self.fused = any(name.endswith(".experts.gate_up_proj") for name in self.tensors)
+
+    def widest_dtype(self):
+        """The widest of its tensors' dtypes: none of its numbers is rounded there."""
+        dtypes = [tensor.dtype for _, tensor in self.tensors.values()]
+        return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
     def check_sizes(self, config):
         """ValueError if config.json claims more layers or experts than the files' headers hold: a
         model of that many would take for ever to build."""
-        held = len(self.names)
+        held = len(self.tensors)
         wanted = config.num_hidden_layers * (2 if self.fused else config.num_experts)
         if wanted > held:
             raise ValueError(
@@ -404,45 +435,38 @@ class Tensors:
                 f"{config.num_experts} experts; does config.json belong to it?"
             )
 
-    def check(self, table: dict):
-        """ValueError if a tensor has no place, a place no tensor, a tensor stands in two files, or
-        shapes differ; it names them."""
-        held = Counter(self.names)
-        for names, what in (
-            (table.keys() - held, "tensors are missing"),
-            (held.keys() - table, "tensors that the model does not have"),
-            (held - Counter([*held]), "tensors stand in more than one file"),
-        ):
-            if names:
-                raise ValueError(
-                    f"{self.source}: {len(names)} {what}: {run.shown(sorted(names))}; "
-                    "is it complete, and does its configuration belong to it?"
-                )
-        for file, name, tensor in self.tensors:
+    def check(self, table):
+        """ValueError if a tensor has no place, a place no tensor, or shapes differ; it names
+        them."""
+        missing, unknown = table.keys() - self.tensors, self.tensors.keys() - table
+        if missing or unknown:
+            names = sorted(missing or unknown)
+            what = "tensors are missing" if missing else "tensors that the model does not have"
+            raise ValueError(
+                f"{self.source}: {len(names)} {what}: {run.shown(names)}; "
+                "is it complete, and does its configuration belong to it?"
+            )
+        for name, (file, tensor) in self.tensors.items():
             if table[name].shape != list(tensor.shape):
                 file.fail(
                     f"tensor {run.shown(name)} has shape {list(tensor.shape)}, the model has "
                     f"{table[name].shape}; does its configuration belong to it?"
                 )
 
-    def fill(self, table: dict):
+    def fill(self, table):
         """Copy each tensor into its place, converting dtype and device, after names and shapes were
         checked. ValueError for one with NaN or an infinity: those before it were copied."""
         self.check(table)
         bar = tqdm(
-            self.tensors,
+            self.tensors.items(),
             desc="loading",
             unit=" tensors",
             delay=2,  # seconds: most loads take a moment
             mininterval=2,
             disable=processes.RANK > 0,
         )
-        for file, name, tensor in bar:
-            # NaN counts as the least and as the largest: this takes no memory, and less time than
-            # a copy. A number may also be too large for where it goes.
-            dtype = table[name].parameter.dtype
-            ends = tensor.aminmax() if tensor.numel() else ()
-            if not all(end.to(dtype).isfinite() for end in ends):
+        for name, (file, tensor) in bar:
+            if not is_finite(tensor, table[name].parameter.dtype):
                 file.fail(
                     f"tensor {run.shown(name)} holds numbers that are not finite; "
                     "copy or download it again"
@@ -451,11 +475,21 @@ class Tensors:
             file.forget()
 
 
+def is_finite(tensor, dtype):
+    """Is each of its numbers finite, also in this dtype, for which one may be too large?"""
+    # NaN counts as the least and as the largest: this takes no memory, and less time than a copy
+    ends = tensor.aminmax() if tensor.numel() else ()
+    return all(end.to(dtype).isfinite() for end in ends)
+
+
 # Writing -----------------------------------------------------------------------------------------
 
 
 def write_tensors(path: str | Path, table: dict, dtype: torch.dtype | None = None):
-    """Write what is at the places (converted to `dtype` one at a time, if given), atomically."""
+    """Write what is at the places (converted to `dtype` one at a time, if given), atomically.
+
+    ValueError for one with NaN or an infinity: then the file is as it was.
+    """
     header = {"__metadata__": {"format": "pt"}}  # transformers looks for this entry
     end = 0
     for name, place in table.items():
@@ -469,7 +503,7 @@ def write_tensors(path: str | Path, table: dict, dtype: torch.dtype | None = Non
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # keeps the data aligned in the map
 
-    parts = gathered(table)
+    parts = gathered(path, table, dtype)
 
     def write(file):
         file.write(len(head).to_bytes(8, "little") + head)
@@ -479,24 +513,293 @@ def write_tensors(path: str | Path, table: dict, dtype: torch.dtype | None = Non
 
     if processes.RANK == 0:
         run.write_atomically(path, write)
-    for _ in parts:
-        pass  # the other processes write nothing, but gathering takes all
+    else:
+        for _ in parts:
+            pass  # gathering takes all processes: this one takes part, and drops what it gets
 
 
-def gathered(table):
-    """What is at each place, in turn; a stack that is cut over processes is gathered once."""
+def gathered(path, table, dtype):
+    """What is at each place, in turn; a stack that is cut over processes is gathered once. All of
+    the processes see every number, so if one is not finite they all find out."""
     last = whole = None
-    for place in table.values():
+    for name, place in table.items():
         if place.parameter is not last:
             last = place.parameter
             whole = processes.whole(last.detach())
-        yield place.of(whole)
+        part = place.of(whole)
+        if not is_finite(part, dtype or part.dtype):
+            raise ValueError(
+                f"{path}: not written, {name} is not finite; training diverged, lower --lr"
+            )
+        yield part
 
 
-def write_model(folder: str | Path, model, dtype: torch.dtype):
+def write_model(folder, model, dtype):
     """Write config.json and model.safetensors with the hub's per-expert names."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_tensors(Path(folder) / "model.safetensors", places(model), dtype)
     if processes.RANK == 0:
         keys = config_keys(model.config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
         run.write_json(Path(folder) / "config.json", keys, indent=2)
+
+
+# What was trained --------------------------------------------------------------------------------
+
+
+def fingerprint(base):
+    """What an adapter must find again: the keys of the base's config.json that shape its logits
+    (not its weights)."""
+    keys = dataclasses.asdict(base)
+    for name in (
+        "extra",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "initializer_range",
+        "router_aux_loss_coef",
+    ):
+        keys.pop(name, None)
+    return keys
+
+
+def check_fingerprint(path, base):
+    """ValueError naming both sides if what was saved beside this file had another base."""
+    theirs = run.read_json(path, base=dict).get("base")
+    if theirs is None:
+        raise ValueError(f"{path}: does not say for which base it was made; not written by save")
+    # a key that is not known here may have shaped its logits
+    changed = run.changes(theirs, dict.fromkeys(theirs) | fingerprint(base))
+    if changed:
+        raise ValueError(f"{path}: was made for another base: {changed}")
+
+
+def write_trained(path, text, weights, table, dtype):
+    """Write the text of a JSON file, and first, beside it, the tensors of what trains."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path.with_name(weights), table, dtype)
+    if processes.RANK == 0:
+        run.write_text(path, text + "\n")
+
+
+def attach_trained(model, path, weights, edit, places_of):
+    """edit(model), as the JSON file says, and fill what then trains, places_of(model), from the
+    file of weights. Every fault is found on a model without memory, before this one is touched."""
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+        try:
+            trial = edit(plain)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    weights = Tensors(path.with_name(weights))
+    weights.fill(places_of(trial))  # checks names, shapes and numbers, and copies nothing
+    edit(model)
+    weights.fill(places_of(model))
+    return model.eval()
+
+
+# LoRA as PEFT keeps it ---------------------------------------------------------------------------
+
+# What PEFT calls the weights that each variant changes.
+PEFT_TARGETS = {
+    "lora_qv": {"target_modules": ["q_proj", "v_proj"]},
+    "lora_experts": {
+        "target_modules": [],
+        "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+    },
+}
+# Of its adapter_config.json: what is read here, with what is meant where it is absent; and what
+# changes no logits. Every other key may be there if it says nothing.
+PEFT_DEFAULTS = {
+    "r": 8,
+    "lora_alpha": 8.0,
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "target_modules": [],
+    "target_parameters": [],
+}
+IDLE = """peft_type task_type auto_mapping base_model_name_or_path revision inference_mode
+    peft_version megatron_core qalora_group_size""".split()
+
+
+def peft_keys(config):
+    """A perft.PerftConfig of LoRA -> what PEFT wants to find in adapter_config.json."""
+    keys = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        # PEFT knows none on experts; `dropout` says what was used here
+        "lora_dropout": config.dropout if config.variant == "lora_qv" else 0.0,
+        "bias": "none",
+    }
+    return PEFT_TARGETS[config.variant] | keys
+
+
+def read_adapter_config(path, base):
+    """An adapter_config.json, ours or PEFT's -> its content, with the names of perft.PerftConfig's
+    fields."""
+    kinds = {name: type(value) for name, value in PEFT_DEFAULTS.items()}
+    content = run.read_json(path, train_router=bool, shared_outer=bool, **kinds)
+    content = {name: value for name, value in content.items() if value is not None}
+    if "variant" not in content:
+        return options_of_peft(path, content)
+    check_fingerprint(path, base)
+    alpha = content.get("alpha")
+    if content.get("lora_alpha", alpha) != alpha:  # another rank would not fit the tensors
+        raise ValueError(f"{path}: alpha and lora_alpha, PEFT's name for it, differ")
+    return content
+
+
+def options_of_peft(path, content):
+    """PEFT's adapter_config.json -> the options of perft.apply_perft that are the same LoRA."""
+    content = PEFT_DEFAULTS | content
+    targets = content["target_modules"] + content["target_parameters"]
+    changed = " ".join(sorted(str(name).split(".")[-1] for name in targets))
+    variant = {"q_proj v_proj": "lora_qv", "down_proj gate_up_proj": "lora_experts"}.get(changed)
+    kind = content.get("peft_type")
+    if kind != "LORA" or variant is None:
+        raise ValueError(
+            f"{path}: peft_type {run.shown(kind)} on {run.shown(changed)}: of PEFT's adapters, "
+            "LoRA of q_proj and v_proj, or of both stacks of the experts, loads"
+        )
+    for name in content.keys() - PEFT_DEFAULTS.keys() - set(IDLE):
+        # a LoRA that starts in another way changes the base too
+        fine = [True, "gaussian"] if name == "init_lora_weights" else [False, "none", [], {}]
+        if content[name] not in fine:
+            said = run.shown(content[name])
+            raise ValueError(f"{path}: {name} is {said}, which has no counterpart here")
+    alpha = content["lora_alpha"]
+    if content["use_rslora"]:
+        alpha *= abs(content["r"]) ** 0.5  # its scale is alpha / sqrt(r)
+    return {
+        "variant": variant,
+        "rank": content["r"],
+        "alpha": alpha,
+        "dropout": content["lora_dropout"],
+    }
+
+
+class LoraPlace(NamedTuple):
+    """The place of the A or B of a layer's experts in PEFT's layout: A (E, r, in) as (E*r, in), and
+    B (E, out, r) as (out, r*E). What all share is written for each, zeros where one has none."""
+
+    parameter: torch.Tensor
+    lora: torch.nn.Module  # the perft.LowRank that it is of
+    is_B: bool
+
+    shape = Place.shape
+
+    def of(self, stack):
+        stack = self.lora.for_all_experts(stack)
+        return stack.movedim(0, -1).flatten(1) if self.is_B else stack.flatten(0, 1)
+
+    def fill(self, source):
+        E = self.lora.num_experts
+        if self.is_B:
+            stack = source.unflatten(1, (-1, E)).movedim(-1, 0)
+        else:
+            stack = source.unflatten(0, (E, -1))
+        if self.lora.experts is not None:
+            stack = stack[self.lora.experts]
+        self.parameter.data.copy_(stack[: len(self.parameter)])  # of a shared one, the first
+
+
+def peft_places(model):
+    """Tensor name in PEFT's adapter_model.safetensors -> the place of LoRA's A or B that it is."""
+    table = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        owner, letter = name[:-2], name[-1]
+        place = Place(p)
+        if owner.endswith("_lora"):
+            place = LoraPlace(p, model.get_submodule(owner), letter == "B")
+            # PEFT wraps the experts twice, once for each stack
+            owner = owner.replace("moe.experts.gate_up_lora", "mlp.experts.base_layer")
+            owner = owner.replace("moe.experts.down_lora", "mlp.experts")
+        table[f"base_model.model.model.{owner}.lora_{letter}.weight"] = place
+    return table
+
+
+# A run becomes a model folder --------------------------------------------------------------------
+
+# How the names of those files begin that a model needs beside its weights.
+BESIDE_A_MODEL = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "generation_config",
+    "chat_template",
+)
+
+
+def read_run(folder):
+    """The settings of the run of train.py that made a folder; {} where there are none (it was saved
+    by hand). ValueError for values that no run writes."""
+    file = folder / "config.json"
+    if not file.exists():
+        return {}
+    settings = run.read_json(file, base=str, dtype=str, task=str, template=str, eval_rows=int)
+    if settings.get("variant") == "scratch":
+        raise ValueError(f"{folder} holds a whole model, no adapter: use --base {folder}/model")
+    base, dtype = settings.get("base") or "", settings.get("dtype")
+    # of a base with so long a name, the system's own message would be nothing but that name
+    if dtype not in (None, *DTYPES) or len(base) > 900:
+        raise ValueError(
+            f"{file}: dtype is {run.shown(dtype)}, base is {run.shown(base)}; expected "
+            f"{' or '.join(DTYPES)}, and a folder"
+        )
+    return settings
+
+
+def main_of(argv, lesson, command, about, attach):
+    """The command line of perft.py and of esft.py: the lesson; or a run in its base, as a Hugging
+    Face folder.
+
+    attach(base, its dtype in the run, the run's folder) -> the model to be written. The dtype is
+    None where the run does not say.
+    """
+    parser = run.Parser(description="Without arguments: the lesson of the file's first page.")
+    commands = parser.add_subparsers(dest="command")
+    add = commands.add_parser(command, help=about, description=about).add_argument
+    add("RUN_FOLDER", type=Path, help="of train.py, or what was saved by hand")
+    add("NEW_FOLDER", type=Path)
+    add("BASE", nargs="?", help="(the run's)")
+    args = parser.parse_args(argv)
+    if args.command is None:
+        return lesson()
+    folder, new = args.RUN_FOLDER, args.NEW_FOLDER
+    check_new(new)
+    settings = read_run(folder)
+    base = args.BASE or settings.get("base") or EMBEDDED
+    model = attach(base, DTYPES.get(settings.get("dtype")), folder)
+    write_folder(new, model, base)
+    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+    print(f"wrote {new}: {base} with what {folder} trained, in {dtype}")
+
+
+def check_new(folder):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} already exists and is not an empty folder; choose a new one")
+
+
+def write_folder(folder, model, base=None):
+    """Write a model as a Hugging Face folder, new or empty, with the tokenizer files of the folder
+    `base`; or nothing, if it fails."""
+    folder = Path(folder)
+    check_new(folder)
+    files = list(Path(base).iterdir()) if base else []  # before anything is written
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write_model(folder, model, model.norm.weight.dtype)
+        for file in files:
+            if file.name.startswith(BESIDE_A_MODEL):
+                shutil.copy(file, folder)
+    except BaseException:  # Ctrl-C, too
+        # half a folder would be in the way of the same command
+        for file in folder.iterdir():
+            file.unlink(missing_ok=True)
+        if is_new:
+            folder.rmdir()
+        raise

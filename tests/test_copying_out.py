@@ -187,7 +187,7 @@ for dtype in (torch.float32, torch.bfloat16):
     model(IDS)  # the bank takes over what the last step made
     for i, (block, ids) in enumerate(zip(model.layers, chosen)):
         experts = block.moe.experts
-        for name, (bank, masters) in zip(("gate_up_proj", "down_proj"), experts.pairs()):
+        for name, (bank, masters) in zip(("gate_up_proj", "down_proj"), experts.stacks()):
             old, new = plain[f"layers.{i}.moe.experts.{name}"], bank[experts.position]
             assert masters.dtype == torch.float32 and masters.requires_grad
             for e in range(6):

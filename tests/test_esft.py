@@ -31,7 +31,13 @@ OLMOE = TINY | {"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 
 BASES = {
     "olmoe": OLMOE,
     "olmoe_tied": OLMOE | {"tie_word_embeddings": True},
-    "mixtral": TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": TINY
+    | {
+        "model_type": "mixtral",
+        "num_key_value_heads": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     # rows of 28 or 14 bytes, which F.grouped_mm does not take
     "no_grouped_mm": OLMOE | {"intermediate_size": 7},
 }
@@ -215,11 +221,11 @@ def test_bound_groups_compete_by_their_sums_and_are_chosen_whole():
     assert torch.allclose(
         esft.bind_groups(scores, 2), torch.tensor([[0.3, 0.5, 0.2]], dtype=torch.float64)
     )
-    assert select_experts(scores, 0.2, bind=2) == [[2, 3]]
-    assert select_experts(scores, 0.6, bind=2) == [[2, 3, 0, 1]]
-    assert select_experts(scores, 0.6, bind=1) == select_experts(scores, 0.6) == [[0, 2, 3]]
+    assert esft.select_groups(scores, 0.2, 2) == [[2, 3]]
+    assert esft.select_groups(scores, 0.6, 2) == [[2, 3, 0, 1]]
+    assert esft.select_groups(scores, 0.6, 1) == select_experts(scores, 0.6) == [[0, 2, 3]]
     with pytest.raises(ValueError, match="6 experts cannot be bound into groups of 4"):
-        select_experts(scores, 0.2, bind=4)
+        esft.select_groups(scores, 0.2, 4)
 
 
 def test_the_random_control_takes_as_many_experts_and_the_same_ones_for_a_seed():
@@ -468,15 +474,15 @@ def test_two_forward_passes_before_one_backward_and_checkpointing_give_the_same_
 
 
 @every_dtype
-def test_refresh_takes_the_masters_values_whatever_lies_in_their_room(dtype):
+def test_fill_bank_takes_the_masters_values_whatever_lies_in_their_room(dtype):
     """The bank's leading matrices become the masters', rounded to its dtype; those behind stay as
     they are. Autograd is not told: a pass that waits for its backward would object."""
     layer = esft.ChosenExperts(make_model(dtype=dtype).layers[0].moe.experts, [3, 0])
-    for bank, masters in layer.pairs():
+    for bank, masters in layer.stacks():
         behind, seen = bank[2:].clone(), bank._version
         masters.data.normal_()
         bank.data[:2].fill_(7)
-        layer.refresh()
+        layer.fill_bank()
         assert torch.equal(bank[:2], masters.to(dtype)) and torch.equal(bank[2:], behind)
         assert bank._version == seen and bank.grad_fn is None and not bank.requires_grad
 
@@ -499,15 +505,15 @@ def test_the_grouped_product_of_chosen_experts_is_one_product_a_group():
 
 
 def test_a_pass_that_waits_for_its_backward_is_not_disturbed_by_other_passes():
-    """Evaluation, and a look at the weights through refresh, between forward and backward: the same
-    gradients bit for bit."""
+    """Evaluation, and a look at the weights through fill_banks, between forward and backward: the
+    same gradients bit for bit."""
     grads = []
     for disturb in (False, True):
         model = apply_esft(make_model(), CHOSEN)
         loss = model(IDS, labels=IDS).loss
         if disturb:
             logits(model)
-            esft.refresh(model)
+            esft.fill_banks(model)
         loss.backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
@@ -645,7 +651,7 @@ def test_experts_are_chosen_on_the_way_in(base, fused, tmp_path):
     make_model(base).save_pretrained(tmp_path / "ours")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs", save_original_format=not fused)
-    names = hub.Tensors(tmp_path / "theirs").names
+    names = hub.Tensors(tmp_path / "theirs").tensors
     assert any(name.endswith(".experts.gate_up_proj") for name in names) == fused
     edit = partial(apply_esft, chosen=CHOSEN)
     model = MoETransformer.from_pretrained(tmp_path / "theirs", edit=edit)
@@ -771,6 +777,10 @@ def test_export_writes_into_a_new_or_empty_folder_only(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         export(model, tmp_path / "other", tmp_path / "nowhere")
     assert not (tmp_path / "other").exists()
+    model.norm.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="model.norm.weight is not finite"):
+        export(model, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["base_of_the_run", "base_named"])
@@ -791,7 +801,7 @@ def test_the_export_command_writes_a_folder_that_transformers_loads_with_the_sam
     if named:
         folders.append(base)
     esft_command(["export", *map(str, folders)])
-    where = f"{base} with what {tmp_path / 'run'} trained"
+    where = f"{base} with what {tmp_path / 'run'} trained, in float32"
     assert capsys.readouterr().out == f"wrote {tmp_path / 'new'}: {where}\n"
     assert (tmp_path / "new" / "tokenizer.json").read_text() == "{}"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()
@@ -940,12 +950,13 @@ def test_weights_of_another_shape_or_another_base_are_refused(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_trained_weight_that_is_no_finite_number_is_refused_by_name(value, tmp_path):
     """NaN and infinities; the model stays as it was."""
+    safetensors = pytest.importorskip("safetensors.torch")
     save(apply_esft(make_model(), CHOSEN), tmp_path)
     file = tmp_path / "expert_weights.safetensors"
     tensors = {name: t.double() for name, t in SafetensorsFile(file).items()}
     name = "model.layers.1.mlp.experts.2.down_proj.weight"
     tensors[name][3, 4] = value
-    hub.write_tensors(file, {name: Place(t) for name, t in tensors.items()})
+    safetensors.save_file(tensors, file)
     model = make_model()
     with pytest.raises(ValueError, match=rf"{file}: tensor .{name}. holds numbers that are not"):
         load(model, tmp_path)

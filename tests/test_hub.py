@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,7 @@ def test_a_folder_saved_by_transformers_is_the_same_model_here(case, dtype, layo
         if "shards" in layout
         else len(checkpoint_files(tmp_path)) == 1
     )
-    names = hub.Tensors(tmp_path).names
+    names = hub.Tensors(tmp_path).tensors
     assert any(name.endswith("experts.gate_up_proj") for name in names) == ("fused" in layout)
     model = MoETransformer.from_pretrained(tmp_path, dtype=dtype)
     assert not model.training and model.norm.weight.dtype == dtype
@@ -342,13 +343,15 @@ def test_what_a_config_does_not_say_is_what_transformers_assumes():
     classes."""
     transformers = pytest.importorskip("transformers")
     sizes = {key: TINY[key] for key in list(TINY)[:5]}
+    sizes |= {"hidden_size": 64, "num_attention_heads": 16}
     for kind in (OLMOE, MIXTRAL, QWEN3):
         ours, theirs = (
             hub.make_config(sizes | kind, Config),
             transformers.AutoConfig.for_model(**sizes | kind),
         )
         same = ("rms_norm_eps", "tie_word_embeddings", "initializer_range", "norm_topk_prob")
-        for key in (*same, "router_aux_loss_coef"):
+        same += ("router_aux_loss_coef", "num_key_value_heads", "max_position_embeddings")
+        for key in same:
             if key == "norm_topk_prob" and kind is MIXTRAL:
                 continue  # not a key of its config: always so
             assert getattr(ours, key) == getattr(theirs, key), key
@@ -763,12 +766,14 @@ QWEN3_REFUSED = {
     "every second layer": {"decoder_sparse_step": 2},
     "biases": {"attention_bias": True},
     "a window": {"use_sliding_window": True, "sliding_window": 32},
+    "clipping, which transformers would not do": {"clip_qkv": 0.4},
+    "half of the channels turned, the same": {"partial_rotary_factor": 0.5},
 }
 
 
 @pytest.mark.parametrize("case", QWEN3_REFUSED)
 def test_a_qwen3_with_parts_that_are_not_here_is_refused_by_name(case, tmp_path):
-    """transformers would build each; a sliding_window that is not used is no hindrance."""
+    """transformers would build most; a sliding_window that is not used is no hindrance."""
     make_model(**QWEN3).save_pretrained(tmp_path)
     change_config(tmp_path, sliding_window=32, use_sliding_window=False)
     assert load(tmp_path)
@@ -791,15 +796,36 @@ def test_a_number_that_is_not_finite_is_found_on_loading_and_its_tensor_named(
     folder, dtype, value, fused
 ):
     """One of many, wherever it stands, in a file of each dtype, also where loading converts it."""
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
     path = folder / "model.safetensors"
     tensors = tensors_of(load(folder), fused)
     for name in ("lm_head.weight", "model.norm.weight", list(tensors)[-1]):
         bad = {key: t.to(dtype, copy=True) for key, t in tensors.items()}
         bad[name].view(-1)[len(bad[name].view(-1)) * 2 // 3] = value
-        write_tensors(path, bad)
+        save_file({key: t.contiguous() for key, t in bad.items()}, path)
         fault(lambda: load(folder), path, name, "not finite")
     write_tensors(path, tensors, dtype)
     assert load(folder)
+
+
+@pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_number_that_is_not_finite_is_not_written_and_the_old_file_stays(tmp_path, dtype, value):
+    """The tensor is named; also where only the file's dtype is too small for the number."""
+    path, fine = (
+        tmp_path / "f",
+        {"a": torch.ones(3, 4), "b": torch.zeros(2), "empty": torch.zeros(0)},
+    )
+    write_tensors(path, fine)
+    before = path.read_bytes()
+    for bad in (torch.tensor([[0, 1, value]], dtype=dtype), torch.tensor(value, dtype=dtype)):
+        tensors = fine | {"bad one": bad}
+        fault(partial(write_tensors, path, tensors), path, "bad one", "not finite")
+    tensors = fine | {"large": torch.tensor([1e39, 0], dtype=torch.float64)}
+    fault(lambda: write_tensors(path, tensors, torch.float32), path, "large", "not finite")
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("top", "kind"), [(1e39, torch.float32), (3.4e38, torch.bfloat16)])

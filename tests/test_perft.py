@@ -7,8 +7,11 @@ tiny and random, with large adapters: what is nearly zero compares nothing.
 """
 
 import copy
+import errno
 import json
 import math
+import os
+import shutil
 from functools import partial
 
 import pytest
@@ -1194,6 +1197,7 @@ IMPOSSIBLE = {
     "a rank beyond all": ("lora_experts", {"rank": 9 * 10**18}, "rank is 9000000000000000000"),
     "a rank that is true": ("perft_s", {"rank": True}, "rank is True"),
     "no number": ("perft_s", {"alpha": math.nan}, "alpha is nan"),
+    "an alpha that overflows float32": ("perft_e", {"alpha": 1e39}, "alpha is 1e.39; .*less than"),
 }
 
 
@@ -1458,7 +1462,7 @@ HOSTILE = {
     "experts": [5, [["a"]], [[0, 8], [1]], {"0": [1]}, [[]], [[True], [0]]],
     "rank": [9 * 10**18, 2**40, -1, 1.5, "3", [3], True],
     "num_adapters": [2**31 - 1, 0, [4]],
-    "alpha": [1e308, 10**400, "x", [1]],
+    "alpha": [1e39, 1e308, 10**400, "x", [1]],
     "dropout": [5, -1, "x"],
     "variant": ["perft_x", ["perft_s"], 5, {}],
     "train_router": [1, "no", [True]],
@@ -1625,13 +1629,55 @@ def test_a_merge_goes_into_a_new_folder_of_a_lora_only(run_folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_an_adapter_of_peft_is_merged_into_a_base_that_is_named(run_folder, folders, tmp_path):
-    """A folder without a config.json of train.py: BASE says where the base is."""
-    folder, model = run_folder("lora_experts")
+@every_dtype
+def test_an_adapter_of_peft_is_merged_into_a_base_that_is_named(run_folder, tmp_path, dtype):
+    """A folder without a config.json of train.py: BASE says where the base is, and its files in
+    what dtype the merged model is."""
+    folder, model = run_folder("lora_experts", dtype=str(dtype).removeprefix("torch."))
     (folder / "config.json").unlink()
-    perft.main(["merge", str(folder), str(tmp_path / "new"), str(folders["mixtral"])])
-    merged = MoETransformer.from_pretrained(tmp_path / "new")
-    assert gap(merged(IDS).logits, model(IDS).logits) < 1e-5
+    make_base("mixtral").save_pretrained(tmp_path / "base", dtype)
+    perft.main(["merge", str(folder), str(tmp_path / "new"), str(tmp_path / "base")])
+    stored = load_file(tmp_path / "new" / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {dtype}
+    merged = MoETransformer.from_pretrained(tmp_path / "new", dtype)
+    limit = 1e-5 if dtype == torch.float32 else 0.1
+    assert gap(merged(IDS).logits, model(IDS).logits) < limit
+    with pytest.raises(FileNotFoundError, match="no such folder.+prepare.py no/such"):
+        perft.main(["merge", str(folder), str(tmp_path / "other"), "no/such"])
+
+
+@pytest.mark.parametrize("was_there", [False, True], ids=["a new folder", "an empty folder"])
+@pytest.mark.parametrize("fails", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_merge_that_fails_leaves_nothing_and_the_same_command_works(
+    run_folder, tmp_path, monkeypatch, fails, was_there
+):
+    """As on a disk that is full, at each of the files."""
+    folder, _ = run_folder("lora_qv")
+    argv, new = ["merge", str(folder), str(tmp_path / "new")], tmp_path / "new"
+    if was_there:
+        new.mkdir()
+    fsync = os.fsync
+
+    def full(number):
+        if list(new.glob(f"{fails}.*.tmp")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(number)
+
+    def half_a_copy(source, target):
+        (target / source.name).write_text("{")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target / source.name))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        if fails == "tokenizer.json":
+            patch.setattr(shutil, "copy", half_a_copy)
+        with pytest.raises(OSError) as error:
+            perft.main(argv)
+        assert fails in one_line(error) and "No space left" in str(error.value)
+    assert list(new.iterdir()) == [] if was_there else not new.exists()
+    perft.main(argv)
+    names = {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {file.name for file in new.iterdir()} == names
 
 
 @pytest.mark.parametrize("use", [merge, lambda model: save_adapter(model, "never_written")])
@@ -1665,7 +1711,7 @@ def test_an_adapter_is_refused_on_another_base(saved, other):
     model = make_base(**OTHER_BASES[other])
     theirs, here = (
         json.loads((saved / "adapter_config.json").read_text())["base"],
-        perft.fingerprint(model.config),
+        hub.fingerprint(model.config),
     )
     with pytest.raises(ValueError) as error:
         load_adapter(model, saved)
@@ -1700,7 +1746,7 @@ def test_a_base_saved_in_the_other_spelling_is_the_same_base(tmp_path, folders, 
 def test_a_number_written_another_way_is_the_same_base():
     """JSON knows 10000 and 10000.0; both are a rope_theta, and the same one."""
     whole, decimal = (make_base(rope_theta=theta).config for theta in (10000, 10000.0))
-    assert perft.fingerprint(whole) == perft.fingerprint(decimal)
+    assert hub.fingerprint(whole) == hub.fingerprint(decimal)
 
 
 def edit_tensors(folder, change):
