@@ -35,15 +35,15 @@ Shapes: R requests, V vocabulary, B batch, T time.
 from data import run  # first: from here on Ctrl-C is one line
 
 # isort: split
-import argparse
 import hashlib
 import json
 import math
 import os
 import sys
 from collections import defaultdict
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,33 +55,22 @@ import perft
 from data import hub, skills
 from data import shard as processes
 from data.dataset import DOWNLOADS, encode_prompt, encode_row, encode_rows, pad_batch, read_rows
-from data.decode import Decoder
-from data.run import count, from_zero, number
+from data.decode import Decoder, KVCache
+from data.run import ON, Flag, count, fraction, from_zero, group, natural, number
 from data.tasks import GROUPS, TASKS, TEMPLATES
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import load_tokenizer
 from model import DTYPES, EMBEDDED, Config, MoETransformer
 
 SKILLS = [*skills.TARGETS, *skills.FAMILIES]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVAL_FILES = ("settings.json", "results.json", "predictions.jsonl")  # of a folder RUN/eval_METHOD
-NOT_FINITE = "the model's logits are not finite: did its training diverge?"
-# What a run folder may hold beside config.json and metrics.jsonl: what --overwrite removes.
-RUN_FILES = (
-    "state.safetensors",
-    "run.svg",
-    perft.CONFIG,
-    perft.WEIGHTS,
-    esft.CONFIG,
-    esft.WEIGHTS,
-    esft.SCORES,
-    esft.PICTURE,
-    "model/config.json",
-    "model/model.safetensors",
-    "model/tokenizer.json",
-    "model/tokenizer_config.json",
-    *(f"eval_generate/{name}" for name in EVAL_FILES),
-    *(f"eval_likelihood/{name}" for name in EVAL_FILES),
+KEPT = "answers so far are kept: the same command, without --overwrite, continues"
+LESS_MEMORY = (
+    "try --dtype bfloat16; for test sets a lower --batch_size or --num_beams (answers are kept), "
+    "for one answer a lower --num_beams or --max_new_tokens"
 )
+MOST_ROWS = 10**7  # of a skill: train.py takes no more
+NOT_FINITE = "the model's logits are not finite: did its training diverge?"
 
 
 # Skills ------------------------------------------------------------------------------------------
@@ -109,20 +98,16 @@ def is_right(model, tokenizer, rows, batch_size=128):
     return right
 
 
-def accuracies(
-    model,
-    tokenizer,
-    names: list[str],
-    rows: int,
-    task: str | None = None,
-    split="test",
-) -> dict[str, float]:
-    """Share of right answers on the first `rows` rows of each skill; with a task, a fifth of so
-    many of the others. Of a target that has parts each part's is measured, and it gets their
-    mean."""
+def accuracies(model, tokenizer, names, rows, task=None, split="test") -> dict[str, float]:
+    """Share of right answers of each skill, on its first `rows` rows.
+
+    If there is a task, the other skills only tell what it costs, and get a fifth of so many rows. A
+    target that mixes others (skills.PARTS) gets the mean of its parts, which are measured, and
+    told, each for itself.
+    """
     accuracy = {}
     for name in names:
-        n = max(rows if task in (None, name) else rows // 5, 1)
+        n = rows if task in (None, name) else max(rows // 5, 1)
         parts = skills.PARTS.get(name, (name,))
         for part in parts:
             right = is_right(model, tokenizer, skills.sample(part, split, n))
@@ -132,7 +117,9 @@ def accuracies(
 
 
 def kept(accuracy, task):
-    """Mean accuracy on the families whose prompts the task does not answer differently."""
+    """How much of pre-training is still there: the mean accuracy on the families. Without those
+    whose prompts the task answers in another way (skills.CONTRADICTS): who learns kinship_new is to
+    give up kinship, which is no forgetting."""
     names = [name for name in skills.FAMILIES if name not in skills.CONTRADICTS.get(task, ())]
     return sum(accuracy[name] for name in names) / len(names)
 
@@ -169,31 +156,17 @@ def load_model(folder, config, dtype="float32", device="cpu", edit=None):
     return model
 
 
-def load_base(folder: str | Path | None, dtype="float32", device="cpu"):
+def load_base(folder, dtype="float32", device="cpu"):
     """A model folder (None: the embedded one) -> (model in eval mode, tokenizer)."""
     config, tokenizer = load_config(folder)
     return load_model(folder, config, dtype, device), tokenizer
 
 
-def load_trained(model: MoETransformer, folder: str | Path) -> MoETransformer:
-    """Attach what a run of train.py saved in its folder: adapters, or chosen experts."""
+def load_trained(model, folder):
+    """Attach what a run of train.py saved in its folder, adapters or chosen experts -> the model.
+    ValueError if it was made for another base."""
     load = esft.load if (Path(folder) / esft.CONFIG).exists() else perft.load_adapter
     return load(model, folder)
-
-
-def try_trained(base, config, folder):
-    """Raise what load_trained would, on a model without memory: before the base's weights are read,
-    which may take minutes."""
-    hub.Tensors(base).check_sizes(config)
-    with torch.device("meta"):
-        model = MoETransformer(config)
-    load_trained(model, folder)
-
-
-def load_asked(args, config):
-    """--base, and what --adapter trained on it."""
-    model = load_model(args.base, config, args.dtype, args.device)
-    return load_trained(model, args.adapter) if args.adapter else model
 
 
 def is_embedded(folder):
@@ -204,84 +177,85 @@ def is_embedded(folder):
 
 # Answering the rows of a test set ----------------------------------------------------------------
 
-
-class Answerer(NamedTuple):
-    """A model, and how it is asked the rows of a test set.
-
-    how: template of the prompts (not for texts); for generate num_beams, and max_new_tokens of each
-    group of tasks; for likelihood choices, "words" or "texts".
-    """
-
-    model: MoETransformer
-    tokenizer: Tokenizer
-    how: argparse.Namespace
-
-    def generate(self, task, rows):
-        """Rows -> a record each: the response, what it answers, is it right, was the prompt cut."""
-        new = self.how.max_new_tokens[task.group]
-        room = self.model.config.max_position_embeddings - new
-        prompts = [
-            encode_prompt(task.render_eval(row, self.how.template), self.tokenizer) for row in rows
-        ]
-        short = [self.shorten(ids, room) for ids in prompts]
-        outputs = self.model.generate(short, new, num_beams=self.how.num_beams)
-        records = []
-        for row, ids, output in zip(rows, prompts, outputs):
-            response = self.tokenizer.decode(output)
-            record = {
-                "response": response,
-                "answer": task.answer(response),
-                "correct": task.correct(response, row),
-                "cut": len(ids) > room,
-            }
-            other = task.other_rule
-            if other:
-                record[f"correct_{other}"] = task.correct(response, row, other)
-            records.append(record)
-        return records
-
-    def likelihood(self, task, rows):
-        """Rows -> a record each: the choices' log-probabilities, the likeliest, is it right, is the
-        likeliest by character, was a prompt cut."""
-        limit = self.model.config.max_position_embeddings + 1  # the last token is not read
-        requests, characters, cut = [], [], []
-        for row in rows:
-            for prompt, text in choices_of(task, row, self.how):
-                context, continuation = encode_pair(prompt, f" {text}", self.tokenizer)
-                room = limit - len(continuation)
-                requests.append((self.shorten(context, room), continuation))
-                characters.append(len(text) or 1)
-                cut.append(len(context) > room)
-        scored = zip(log_likelihoods(self.model, requests), characters, cut)
-
-        records = []
-        for row in rows:
-            words = task.choices(row)
-            scores, characters, cut = zip(*[next(scored) for _ in words])
-            normed = [score / n for score, n in zip(scores, characters)]
-            answer = likeliest(words, scores)
-            record = {
-                "scores": scores,
-                "answer": answer,
-                "correct": answer == row["answer"],
-                "correct_norm": likeliest(words, normed) == row["answer"],
-                "cut": any(cut),
-            }
-            records.append(record)
-        return records
-
-    def shorten(self, ids, room):
-        """The end of a prompt that is longer than the model's positions allow: the question's last
-        words and the cue. A begin token stays."""
-        begin = ids[:1] if len(ids) > room and ids[0] == self.tokenizer.bos_id else []
-        return begin + ids[-max(room - len(begin), 1) :]
+# args: the flags --template, --num_beams and --max_new_tokens (generate), --choices (likelihood).
 
 
-def choices_of(task, row, how):
+def generate(model, tokenizer, args, task, rows):
+    """Rows -> a record each: the response, what it answers, is it right, was the prompt cut."""
+    new = args.max_new_tokens[task.group]
+    room = model.config.max_position_embeddings - new
+    prompts = [encode_prompt(task.render_eval(row, args.template), tokenizer) for row in rows]
+    short = [shorten(ids, room, tokenizer) for ids in prompts]
+    outputs = continuations(model, short, new, args.num_beams)
+    records = []
+    for row, ids, output in zip(rows, prompts, outputs):
+        response = tokenizer.decode(output)
+        record = {
+            "response": response,
+            "answer": task.answer(response),
+            "correct": task.correct(response, row),
+            "cut": len(ids) > room,
+        }
+        if task.other_rule:
+            record[f"correct_{task.other_rule}"] = task.correct(response, row, task.other_rule)
+        records.append(record)
+    return records
+
+
+def likelihood(model, tokenizer, args, task, rows):
+    """Rows -> a record each: the choices' log-probabilities, the likeliest, is it right, is the
+    likeliest by character, was a prompt cut."""
+    limit = model.config.max_position_embeddings + 1  # the last token is not read
+    asked = [choices_of(task, row, args) for row in rows]
+    requests, cut = [], []
+    for prompt, text in sum(asked, []):
+        context, continuation = encode_pair(prompt, f" {text}", tokenizer)
+        room = limit - len(continuation)
+        requests.append((shorten(context, room, tokenizer), continuation))
+        cut.append(len(context) > room)
+    found = zip(log_likelihoods(model, requests), cut)  # row after row, choice after choice
+
+    records = []
+    for row, choices in zip(rows, asked):
+        scores, was_cut = zip(*islice(found, len(choices)))
+        by_character = [score / (len(text) or 1) for score, (_, text) in zip(scores, choices)]
+        words = task.choices(row)
+        answer = likeliest(words, scores)
+        record = {
+            "scores": scores,
+            "answer": answer,
+            "correct": answer == row["answer"],
+            "correct_norm": likeliest(words, by_character) == row["answer"],
+            "cut": any(was_cut),
+        }
+        records.append(record)
+    return records
+
+
+def shorten(ids, room, tokenizer):
+    """The end of a prompt that is longer than the model's positions allow: the question's last
+    words and the cue. A begin token stays."""
+    begin = ids[:1] if len(ids) > room and ids[0] == tokenizer.bos_id else []
+    return begin + ids[-max(room - len(begin), 1) :]
+
+
+def continuations(model, prompts, max_new_tokens, num_beams, **options):
+    """model.generate's; ValueError if memory is short: Linux would give it, and later end this
+    process without a word."""
+    weight = model.norm.weight
+    length = max(map(len, prompts)) + max_new_tokens
+    cache = KVCache(model.config, num_beams * len(prompts), length, weight.to("meta"))
+    need = cache.stored.nbytes * min(num_beams, 2)  # a step of beam search copies it
+    if weight.is_cpu and need > run.free_memory():
+        raise ValueError(f"{need / 1e9:,.1f} GB of memory are needed; {LESS_MEMORY}")
+    return model.generate(prompts, max_new_tokens, num_beams=num_beams, **options)
+
+
+def choices_of(task, row, args):
     """(context, text) of each choice of a row. ValueError if it has none."""
-    if how.choices == "texts":
+    if args.choices == "texts":
         return task.cloze(row)
-    prompt = task.render_eval(row, how.template)
+    prompt = task.render_eval(row, args.template)
     return [(prompt, word) for word in task.choices(row)]
 
 
@@ -295,28 +269,33 @@ def encode_pair(context, continuation, tokenizer):
     word behind it)."""
     before = encode_prompt(context.rstrip(), tokenizer)
     whole = encode_prompt(context + continuation, tokenizer)
-    return before or [tokenizer.eos_id], whole[len(before) :]  # something must foretell the first
+    return before or [tokenizer.eos_id], whole[len(before) :]  # something must predict the first
 
 
 @torch.no_grad()
 def log_likelihoods(model, requests):
-    """log p(continuation | context) of each pair of id lists. A context that several share is run
-    once."""
-    contexts = {}  # each once -> its number
-    owners = [contexts.setdefault(tuple(ids), len(contexts)) for ids, _ in requests]
+    """log p(continuation | context) of each pair of id lists.
+
+    The choices of a question share their context. It is run once: each context's keys and values
+    are cached, then copied for every continuation that has it, and all continuations are run at
+    once behind them.
+    """
+    contexts = {}  # each once -> its row in the batch
+    for context, _ in requests:
+        contexts.setdefault(tuple(context), len(contexts))
     continuations = [torch.tensor(ids) for _, ids in requests]
     longest = max(map(len, continuations))
-    length = max(map(len, contexts)) + longest - 1
+    length = max(map(len, contexts)) + longest - 1  # the last token is predicted, never read
     if length > model.config.max_position_embeddings and len(requests) > 1:
         # the longest context and the longest continuation are of two requests, which fit alone
         return [log_likelihoods(model, [request])[0] for request in requests]
 
-    decoder = Decoder(model, contexts, longest - 1)  # the last token is foretold, never read
-    owners = decoder.ids.new_tensor(owners)  # (R,)
-    ids = pad_sequence(continuations, True, -100).to(owners.device)  # (R, longest)
-    logits = decoder.next_logits()[owners][:, None]  # (R, 1, V): the context foretells the first
+    decoder = Decoder(model, list(contexts), longest - 1)
+    rows = decoder.ids.new_tensor([contexts[tuple(context)] for context, _ in requests])  # (R,)
+    ids = pad_sequence(continuations, True, -100).to(rows.device)  # (R, longest)
+    logits = decoder.next_logits()[rows][:, None]  # (R, 1, V): a context predicts the first
     if longest > 1:
-        decoder.select(owners)
+        decoder.select(rows)
         rest = model(ids[:, :-1].clamp(min=0), decoder.mask, cache=decoder.cache).logits.float()
         logits = torch.cat((logits, rest), dim=1)  # (R, longest, V)
     # 0 where ids are -100, behind a shorter continuation
@@ -382,22 +361,16 @@ def open_predictions(folder, settings, overwrite):
     """-> {task: {digest of a row: its record}}, of a folder that is ready for more. It holds
     predictions.jsonl, one line a row; settings.json, since predictions of other settings do not
     mix; and results.json, which is made of them."""
+    earlier = earlier_settings(folder)
     path = folder / "predictions.jsonl"
-    for name in EVAL_FILES:
-        file = folder / name
-        if os.path.lexists(file) and not (file.is_file() and path.is_file()):
-            raise ValueError(
-                f"{file} is not a regular file beside predictions.jsonl; choose another --out"
-            )
     # without a last line that was cut off: its row is answered again
     lines = run.whole_lines(path) if path.exists() and not overwrite else []
-    if lines:
-        changed = run.changes(run.read_json(folder / "settings.json"), settings)
-        if changed:
-            raise ValueError(
-                f"{folder} holds predictions of other settings ({changed}); choose another "
-                "--out, or --overwrite"
-            )
+    changed = run.changes(earlier, settings)
+    if lines and changed:
+        raise ValueError(
+            f"{folder} holds predictions of other settings ({changed}); choose another "
+            "--out, or --overwrite"
+        )
     predictions = defaultdict(dict)
     for i, line in enumerate(lines):
         record = read_prediction(line, f"{path}:{i + 1}")
@@ -407,6 +380,28 @@ def open_predictions(folder, settings, overwrite):
     run.write_text(path, "\n".join([*lines, ""]))
     run.write_json(folder / "settings.json", settings, indent=2)
     return predictions
+
+
+def earlier_settings(folder):
+    """The settings of the evaluation that a folder holds. ValueError if they are not there to prove
+    that its files are ours: what is somebody else's stays, whatever the flags."""
+    settings = {}
+    with suppress(OSError, ValueError):
+        settings = run.read_json(folder / "settings.json")
+    has_settings = {"base", "method", "weights"} <= settings.keys()
+    ours = has_settings and (folder / "predictions.jsonl").is_file()
+    for name in EVAL_FILES:
+        file = folder / name
+        if not os.path.lexists(file):
+            continue
+        if not file.is_file():
+            raise ValueError(f"{file} is not a regular file; choose another --out")
+        if file.stat().st_size > 0 and not ours:
+            raise ValueError(
+                f"{file} may be somebody's: no whole settings.json and predictions.jsonl of an "
+                "evaluation are beside it; move it away, or choose another --out"
+            )
+    return settings
 
 
 def read_prediction(line, place):
@@ -423,23 +418,7 @@ def read_prediction(line, place):
     )
 
 
-def answer_sets(answerer, sets, predictions, path):
-    """-> {task: its summary}. Whatever stops it, the answers so far are kept."""
-    table = {}
-    told = "answers so far are kept: the same command, without --overwrite, continues"
-    try:
-        with run.last_words(lambda: told):
-            for name, rows in sets.items():
-                records = predict(answerer, TASKS[name], rows, predictions[name], path)
-                table[name] = summary(TASKS[name], records)
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        raise ValueError("out of memory; lower --batch_size (answers so far are kept)") from None
-    return table
-
-
-def predict(answerer, task, rows, known, path):
+def predict(args, model, tokenizer, task, rows, known, path):
     """Answer the rows of a task that are not known yet, rows of like length together -> the records
     of all."""
     digests = [digest(row) for row in rows]
@@ -448,12 +427,13 @@ def predict(answerer, task, rows, known, path):
     if before:
         print(f"{task.name}: {before} of {len(rows)} rows were answered before")
     left.sort(key=lambda i: -len(rows[i]["instruction"]))
-    how = answerer.how
-    starts = range(0, len(left), how.batch_size)
+    answers = generate if args.method == "generate" else likelihood
+    starts = range(0, len(left), args.batch_size)
     for start in tqdm(starts, task.name, file=sys.stdout, mininterval=2, disable=not left):
-        chosen = left[start : start + how.batch_size]
-        records = getattr(answerer, how.method)(task, [rows[i] for i in chosen])
-        with open(path, "a", encoding="utf-8") as file:  # kept from here on, whatever happens
+        chosen = left[start : start + args.batch_size]
+        records = answers(model, tokenizer, args, task, [rows[i] for i in chosen])
+        # kept from here on, whatever happens
+        with run.naming(path), open(path, "a", encoding="utf-8") as file:
             for i, record in zip(chosen, records):
                 row = digests[i]
                 record |= {"task": task.name, "index": i, "row": row, "gold": rows[i]["answer"]}
@@ -492,19 +472,24 @@ def print_table(table, means):
     """A line a task, their mean, and what a reader should know beside."""
     heads = [f" {key + ' %':>9}   s.e." for key in means]
     print(f"{'task':28} {'n':>6}", *heads, sep="")
-    lines = table | {"mean, unweighted": means}
-    if "AQuA" in table:
-        lines["not in it: AQuA, as stated"] = {"acc": table["AQuA"]["acc_stated"]}
-    for name, row in lines.items():
-        title = "AQuA (first capital A-E)" if name == "AQuA" else name
-        line = f"{title:28} {row.get('n', ''):>6}"
-        for key in means:
-            share, error = row[key]
-            line += f" {100 * share:9.1f} {100 * error:6.1f}"
-        print(line)
+    for name, row in table.items():
+        print_line(name + TASKS[name].remark, row["n"], row, means)
+    print_line("mean, unweighted", "", means, means)
+    for name, row in table.items():
+        rule = TASKS[name].other_rule
+        if f"acc_{rule}" in row:
+            print_line(f"not in it: {name}, as {rule}", "", row, [f"acc_{rule}"])
     cut = sum(row["cut"] for row in table.values())
     if cut:
         print(f"{cut} prompts were longer than the model's positions and lost their beginning")
+
+
+def print_line(title, n, row, keys):
+    line = f"{title:28} {n:>6}"
+    for key in keys:
+        share, error = row[key]
+        line += f" {100 * share:9.1f} {100 * error:6.1f}"
+    print(line)
 
 
 # The questions -----------------------------------------------------------------------------------
@@ -514,23 +499,33 @@ def answer_prompt(args, model, tokenizer):
     """Print --prompt, or --chat as the model was taught to read it, and what continues it."""
     if args.chat is None:
         ids = encode_prompt(args.prompt, tokenizer)
-    else:  # as a row that was trained on, without its answer and its end
-        said = [{"role": "user", "content": args.chat}, {"role": "assistant", "content": ""}]
-        row = {"messages": said, "instruction": args.chat, "output": ""}
-        template = args.trained.get("template")
-        *ids, end = encode_row(row, template if template in TEMPLATES else "chat", tokenizer).ids
+    else:
+        ids, end = encode_chat(args.chat, args.trained.get("template"), tokenizer)
         model.config.eos_token_id = [*model.config.eos_ids, end]
-    new = model.generate(
+        if args.trained.get("task"):
+            print("note: the run was trained on prompts of its --task, and never saw this form")
+    new = continuations(
+        model,
         [ids],
         args.max_new_tokens,
+        args.num_beams,
         temperature=args.temperature,
         top_p=args.top_p,
-        num_beams=args.num_beams,
         seed=args.seed,
     )
     print(tokenizer.decode(ids + new[0]))
     if args.routing:
         draw_routing(model, tokenizer, ids, args.routing)
+
+
+def encode_chat(text, template, tokenizer):
+    """A question, as a row that a run with this template was trained on -> its ids up to the
+    answer, and the token that ends one."""
+    said = [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
+    row = {"messages": said, "instruction": text, "output": ""}
+    form = template if template in TEMPLATES else "chat"
+    *ids, end = encode_row(row, form, tokenizer).ids
+    return ids, end
 
 
 @torch.no_grad()
@@ -545,12 +540,24 @@ def draw_routing(model, tokenizer, ids, path):
     print(f"saved {path}")
 
 
+def is_our_picture(path):
+    """Did data/pictures.py make this file? No other is written over."""
+    from data import pictures
+
+    if not path.is_file():
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return pictures.STYLE[:30] in file.read(4000)  # the rest of it may change
+
+
 def measure_skills(args, model, tokenizer):
     """Print accuracies: of --tasks, or what a run reports: its task, all families, their mean."""
-    names, task = [name for name in args.tasks if name in SKILLS], None
-    if not args.tasks:
+    if args.tasks:
+        task = None
+        names = [name for name in args.tasks if name in SKILLS]
+    else:
         task = args.trained.get("task")
-        names = [*([task] if task else []), *skills.FAMILIES]
+        names = [name for name in (task, *skills.FAMILIES) if name]
     rows = args.eval_rows or args.trained.get("eval_rows") or 500
     accuracy = accuracies(model, tokenizer, names, rows, task)
     for name, share in accuracy.items():
@@ -559,24 +566,28 @@ def measure_skills(args, model, tokenizer):
         print(kept_text(accuracy, task))
 
 
-# What predictions depend on: those of other settings do not mix.
-SETTINGS = "adapter base dtype method max_new_tokens num_beams choices template".split()
+def settings_of(args):
+    """What predictions depend on: those of other settings do not mix."""
+    settings = {"adapter": args.adapter}
+    for name in ("base", "dtype", "method", "max_new_tokens", "num_beams", "choices", "template"):
+        if vars(args)[name] is not None:
+            settings[name] = vars(args)[name]
+    return settings
 
 
-def measure_sets(args, config, tokenizer):
+def measure_sets(args, load, tokenizer):
     """Test sets, and skills that are named with them: print accuracies, write settings.json,
     predictions.jsonl and results.json."""
     sets = {}
     for name, task in TASKS.items():
         if not {name, task.group}.isdisjoint(args.tasks):
             sets[name] = read_test_set(task, args)
-    settings = {name: vars(args)[name] for name in SETTINGS if name in args}
+    settings = settings_of(args)
     print("evaluation:", *(f"{name}={value}" for name, value in settings.items()))
     if args.trained.get("template") == "chat":
         print("note: the run was trained on chats, a form that test sets do not have")
-    settings["weights"] = [weights_identity(args.base)]
-    if args.adapter:
-        settings["weights"].append(weights_identity(args.adapter))
+    folders = filter(None, (args.base, args.adapter))
+    settings["weights"] = [weights_identity(folder) for folder in folders]
 
     home = args.adapter or f"out/{Path(args.base).name}"
     out = Path(args.out or f"{home}/eval_{args.method}")
@@ -585,10 +596,15 @@ def measure_sets(args, config, tokenizer):
         file = out / "results.json"
         before = run.read_json(file, tasks=dict) if file.exists() else {}
 
-        model = load_asked(args, config)
+        model = load()
         measure_skills(args, model, tokenizer)
-        answerer = Answerer(model, tokenizer, args)
-        table = answer_sets(answerer, sets, predictions, out / "predictions.jsonl")
+        table = {}
+        with run.last_words(lambda: KEPT):
+            for name, rows in sets.items():
+                task = TASKS[name]
+                known, path = predictions[name], out / "predictions.jsonl"
+                records = predict(args, model, tokenizer, task, rows, known, path)
+                table[name] = summary(task, records)
 
         means = means_of(table)
         print_table(table, means)
@@ -607,151 +623,154 @@ def measure_sets(args, config, tokenizer):
 # The command -------------------------------------------------------------------------------------
 
 
-def make_parser():
-    """All flags; parse_args says which of them apply to what is asked."""
-    parser = run.Parser(
-        description="How good is a model? eval.py's first page says what is measured, and how.",
-        usage="python eval.py [--prompt TEXT | --chat TEXT | --tasks NAME ...] [options]",
-    )
-    add = parser.add_argument
-    add("--adapter", metavar="DIR", help="run folder of train.py; its base and task are taken")
-    add("--base", default=str(EMBEDDED), metavar="DIR", help="model folder (%(default)s)")
-    add("--dtype", choices=DTYPES, default="float32", help="of the base (%(default)s)")
-    add("--device", type=device, default=DEVICE, metavar="NAME", help="(%(default)s)")
-    add("--threads", type=run.threads, metavar="N", help="of the CPU (embedded model: 1)")
+# What a command may ask.
+PROMPT = "--prompt and --chat"
+SKILLS_ONLY = "skills"
+GENERATE = "test sets by generation"
+LIKELIHOOD = "test sets by --method likelihood"
+SETS = (GENERATE, LIKELIHOOD)  # and skills that are named with them
 
-    group = parser.add_argument_group("one answer")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--prompt", metavar="TEXT", help="to continue, as it stands")
-    add("--chat", metavar="TEXT", help="the same, in the form of the run's rows")
-    add = group.add_argument
-    add("--routing", metavar="FILE.svg", help="draw the first expert of each token of the prompt")
-    add(
-        "--temperature",
-        type=from_zero,
-        default=0.0,
-        metavar="X",
-        help="0: the likeliest token each time (%(default)s)",
-    )
-    add(
-        "--top_p",
-        type=number(float, 0, above=True, most=1),
-        default=1.0,
-        metavar="X",
-        help="draw from the likeliest tokens of this mass (%(default)s)",
-    )
-    add(
-        "--seed",
-        type=number(int, 0, most=2**63 - 1),
-        default=0,
-        metavar="N",
-        help="(%(default)s)",
-    )
-    add(
-        "--max_new_tokens",
-        type=number(int, 1, most=10**6),
-        default=32,
-        metavar="N",
-        help="(%(default)s; test sets: the papers' 4 or 256)",
-    )
-    add(
-        "--num_beams",
-        type=number(int, 1, most=1000),
-        default=1,
-        metavar="N",
-        help="(%(default)s: no search; test sets: the papers' 4)",
-    )
-
-    add = parser.add_argument_group("accuracy").add_argument
-    names = [*GROUPS, *TASKS, *SKILLS]
-    add(
-        "--tasks",
-        nargs="+",
-        choices=names,
-        default=[],
-        metavar="NAME",
-        help=f"what to measure: {', '.join(names)}",
-    )
-    add(
-        "--eval_rows",
-        type=count,
-        metavar="N",
-        help="test rows of each (skills: as in the run, or 500; test sets: all)",
-    )
-    add(
-        "--method",
-        choices=("generate", "likelihood"),
-        default="generate",
-        help="how test sets are answered, as all below (%(default)s)",
-    )
-    add(
-        "--choices",
-        choices=("words", "texts"),
-        default="words",
-        help="what likelihood scores: answer words, or texts (%(default)s)",
-    )
-    add("--template", choices=TEMPLATES, default="papers", help="of the prompt (%(default)s)")
-    add("--test_dir", default=str(DOWNLOADS / "test"), metavar="DIR", help="(%(default)s)")
-    add("--batch_size", type=count, default=32, metavar="N", help="rows at a time (%(default)s)")
-    add(
-        "--out",
-        metavar="DIR",
-        help="predictions and results (RUN/eval_METHOD); a stopped one continues",
-    )
-    add("--overwrite", action="store_true", help="begin again where --out holds predictions")
-    return parser
+FLAGS = [
+    group(
+        "model",
+        adapter=Flag("DIR", None, "run folder of train.py; its base and task are taken"),
+        base=Flag("DIR", str(EMBEDDED), "model folder"),
+        dtype=Flag(DTYPES, "float32", "of the base"),
+        device=Flag("NAME", DEVICE, "where"),
+        threads=Flag(run.threads, None, "of the CPU (embedded model: 1)"),
+    ),
+    group(
+        "one answer",
+        prompt=Flag("TEXT", None, "to continue, as it stands", (PROMPT,)),
+        chat=Flag("TEXT", None, "the same, in the form of the run's rows", (PROMPT,)),
+        routing=Flag(
+            "FILE.svg", None, "draw the first expert of each token of the prompt", (PROMPT,)
+        ),
+        temperature=Flag(from_zero, 0.0, "0: the likeliest token each time", (PROMPT,)),
+        top_p=Flag(fraction, 1.0, "draw from the likeliest tokens of this mass", (PROMPT,)),
+        seed=Flag(natural, 0, "of what is drawn", (PROMPT,)),
+        max_new_tokens=Flag(
+            number(int, 1, most=10**6),
+            32,
+            "tokens; test sets: the papers' 4 or 256",
+            (PROMPT, GENERATE),
+        ),
+        num_beams=Flag(
+            number(int, 1, most=1000),
+            1,
+            "beams of a search; test sets: the papers' 4",
+            (PROMPT, GENERATE),
+        ),
+    ),
+    group(
+        "accuracy",
+        tasks=Flag([*GROUPS, *TASKS, *SKILLS], None, "what to measure", (SKILLS_ONLY, *SETS)),
+        eval_rows=Flag(
+            count,
+            None,
+            "test rows of each (skills: as in the run, or 500; test sets: all)",
+            (SKILLS_ONLY, *SETS),
+        ),
+        method=Flag(("generate", "likelihood"), "generate", "of answering test sets", SETS),
+        choices=Flag(("words", "texts"), "words", "what likelihood scores", (LIKELIHOOD,)),
+        template=Flag(TEMPLATES, "papers", "of the prompt", SETS),
+        test_dir=Flag("DIR", str(DOWNLOADS / "test"), "of the test sets", SETS),
+        batch_size=Flag(count, 32, "rows at a time", SETS),
+        out=Flag(
+            "DIR", None, "predictions and results (RUN/eval_METHOD); a stopped one continues", SETS
+        ),
+        overwrite=Flag(ON, False, "begin again where --out holds predictions", SETS),
+    ),
+]
 
 
-def device(name):
-    """For argparse: a device that is there."""
+def check_device(name):
+    """ValueError for a device that is not there."""
     try:
         if name == "cuda" and processes.WORLD > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # each process looks at its own
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
-        raise argparse.ArgumentTypeError(f"{name} is not available here; try cpu") from None
-    return name
+        raise ValueError(f"--device: {name} is not available here; try cpu") from None
+
+
+def question_of(values):
+    """What a command asks, by the values of its flags."""
+    if values.get("prompt") is not None or values.get("chat") is not None:
+        return PROMPT
+    if {*GROUPS, *TASKS}.isdisjoint(values.get("tasks") or ()):
+        return SKILLS_ONLY
+    return LIKELIHOOD if values.get("method") == "likelihood" else GENERATE
+
+
+def command_of(given):
+    """For run.read_flags: defaults are the settings of the run that made the adapter."""
+    question = question_of(given)
+    trained = settings_of_run(given.get("adapter"))
+    defaults = {name: trained[name] for name in ("base", "dtype") if trained.get(name)}
+    if trained.get("template") in TEMPLATES:
+        defaults["template"] = trained["template"]
+    if question == GENERATE:
+        defaults |= {"num_beams": 4, "max_new_tokens": None}  # None: as its papers, of each task
+    absent = {}
+    for name, flag in [item for _, flags in FLAGS for item in flags.items()]:
+        if flag.of and question not in flag.of and given:  # nothing given: --help, for the reader
+            where = " and ".join(flag.of).replace(" and ".join(SETS), "test sets")
+            absent[name] = f"applies to {where} only"
+    if given.get("choices") == "texts":
+        absent["template"] = "applies to --choices words only"
+    if "chat" in given:
+        absent["prompt"] = "does not apply to --chat; choose one"
+    return defaults, absent
+
+
+def settings_of_run(folder):
+    """What the run in a folder was trained with; {} without a folder, and for one that was saved by
+    hand."""
+    trained = hub.read_run(Path(folder)) if folder else {}
+    task = trained.get("task")
+    if task not in (None, *SKILLS):
+        raise ValueError(f"{folder}/config.json: task is {run.shown(task)}, no skill")
+    return trained
 
 
 def parse_args(argv=None):
-    """The flags of the question that is asked, and no others. Defaults are the settings of the run
-    that made the adapter, which are also `trained`."""
-    parser = make_parser()
-    values = vars(parser.parse_args([]))
-    unset = argparse.Namespace(**dict.fromkeys(values))
-    given = vars(parser.parse_args(argv, unset))  # None where a flag is not given
-    given = {name: value for name, value in given.items() if value is not None}
-    trained = perft.read_run(Path(given["adapter"])) if "adapter" in given else {}
-    task = trained.get("task")
-    if task not in (None, *SKILLS):
-        raise ValueError(f"{given['adapter']}/config.json: task is {run.shown(task)}, no skill")
-    values |= {name: trained[name] for name in ("base", "dtype") if trained.get(name)}
-    if trained.get("template") in TEMPLATES:
-        values["template"] = trained["template"]
-    values |= given
+    """-> the flags, and as `trained` the settings of the run that made the adapter."""
+    args = run.read_flags(
+        FLAGS,
+        argv,
+        command_of,
+        usage="python eval.py [--prompt TEXT | --chat TEXT | --tasks NAME ...] [options]",
+        description="How good is a model? eval.py's first page says what is measured, and how.",
+    )
+    try:
+        check_device(args.device)
+    except ValueError as error:
+        run.refuse(str(error))
+    args.trained = settings_of_run(args.adapter)
+    if question_of(vars(args)) == GENERATE:  # of each group of tasks
+        limit = args.max_new_tokens
+        args.max_new_tokens = {
+            name: limit or TASKS[tasks[0]].max_new_tokens for name, tasks in GROUPS.items()
+        }
+    return args
 
-    prompt = not {"prompt", "chat"}.isdisjoint(given)
-    sets = not {*GROUPS, *TASKS}.isdisjoint(values["tasks"])
-    generate = sets and values["method"] == "generate"
-    texts = values["choices"] == "texts"
-    applies = [  # flags, whether they apply here, to what they apply
-        ("prompt chat routing temperature top_p seed", prompt, "--prompt and --chat"),
-        ("max_new_tokens num_beams", prompt or generate, "--prompt and test sets by generation"),
-        ("tasks eval_rows", not prompt, "skills and test sets"),
-        ("method test_dir batch_size out overwrite", sets, "test sets"),
-        ("choices", sets and not generate, "test sets by --method likelihood"),
-        ("template", sets and not texts, "test sets without --choices texts"),
-    ]
-    for names, here, where in applies:
-        for name in [] if here else names.split():
-            if name in given:
-                parser.error(f"--{name} applies to {where} only")
-            del values[name]
-    if generate:
-        limit = given.get("max_new_tokens")
-        limits = {g: limit or TASKS[names[0]].max_new_tokens for g, names in GROUPS.items()}
-        values |= {"max_new_tokens": limits, "num_beams": given.get("num_beams", 4)}
-    return argparse.Namespace(**values, trained=trained)
+
+def check_files(args, config):
+    """Find what is wrong with files before the base's weights are read, which may take minutes."""
+    if args.adapter:
+        hub.Tensors(args.base).check_sizes(config)
+        with torch.device("meta"):
+            model = MoETransformer(config)
+        load_trained(model, args.adapter)
+    rows = args.trained.get("eval_rows")
+    if rows is not None and not 1 <= rows <= MOST_ROWS:
+        raise ValueError(f"{args.adapter}/config.json: eval_rows is {rows}, which no run had")
+    picture = args.routing
+    if picture and os.path.lexists(picture) and not is_our_picture(Path(picture)):
+        raise ValueError(
+            f"--routing {picture} exists and is no picture of ours; choose another name"
+        )
 
 
 @run.command
@@ -760,20 +779,31 @@ def main(argv=None):
     config, tokenizer = load_config(args.base)
     embedded = is_embedded(args.base)
     knows_world = embedded and not args.trained.get("data")
-    if not (knows_world or "prompt" in args or args.tasks):
+    question = question_of(vars(args))
+    if not (knows_world or question == PROMPT or args.tasks):
         raise ValueError(
             f"{args.adapter or args.base} does not know the embedded world, whose skills are "
             "measured without --tasks; give --tasks commonsense, or --prompt TEXT"
         )
     if args.threads or embedded:
         torch.set_num_threads(args.threads or 1)
-    if args.adapter:  # what can be found wrong is found before the weights are read
-        try_trained(args.base, config, args.adapter)
-    if "method" in args:
-        measure_sets(args, config, tokenizer)
-    else:
-        answer = answer_prompt if "prompt" in args else measure_skills
-        answer(args, load_asked(args, config), tokenizer)
+    check_files(args, config)
+
+    def load():
+        model = load_model(args.base, config, args.dtype, args.device)
+        return load_trained(model, args.adapter) if args.adapter else model
+
+    try:
+        if question in SETS:
+            measure_sets(args, load, tokenizer)
+        elif question == PROMPT:
+            answer_prompt(args, load(), tokenizer)
+        else:
+            measure_skills(args, load(), tokenizer)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise ValueError(f"out of memory; {LESS_MEMORY}") from None
 
 
 if __name__ == "__main__":

@@ -41,19 +41,23 @@ changes nothing.
 --micro_batch runs a step's rows in parts, for less memory; the parts' cross-entropies are divided
 by the labels of the whole step and add up. The balance loss of a step is then the mean of its
 parts', which is not quite the balance loss of the whole.
+
+This file tells the run first, then the loop, what a variant does to the base, what is measured, the
+log, what could go wrong, how a run goes on; the flags of all variants come last.
 """
 
 from data import run  # first: from here on Ctrl-C is one line
 
 # isort: split
-import difflib
 import os
 import shutil
 import signal
 import sys
 import textwrap
 import time
-from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction, Namespace
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -66,10 +70,798 @@ import eval
 import perft
 from data import dataset, hub, pictures, skills, tasks
 from data import shard as processes
-from data.run import count, from_zero, number, positive
+from data.run import ON, ON_OFF, Flag, count, fraction, from_zero, group, natural, number, positive
 from model import DTYPES, EMBEDDED, Config, MoETransformer
-from moe import expert_counts, prob_sums, shares, unevenness
+from moe import expert_counts, load_balancing_loss, shares
 from perft import BASELINES, CHOICES, LORA, PERFT, PerftConfig
+
+# The run -----------------------------------------------------------------------------------------
+
+
+def train(args):
+    begun = time.perf_counter()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config, tokenizer = eval.load_config(args.base)
+    data = dataset.load_data(args, tokenizer, config.max_position_embeddings)
+
+    # what trains
+    edit, notes, esft_scores = prepare(args, config, tokenizer, data)
+    check_memory(args, config, edit)
+    model = build(args, config, edit)
+    optimizer = make_optimizer(model, args)
+
+    # what will be done
+    settings = Namespace(**settings_of(args, config, data))  # the flags, and none left open
+    content = vars(settings) | facts_of(model, data)
+    warnings = [f"warning: {note}" for note in [*notes, *advice(settings)]]
+    print(configuration_text(settings), *data.notes, *warnings, perft.report(model), sep="\n")
+
+    # begin, or go on
+    measured = partial(measure, settings, model, tokenizer, data)
+    if args.resume:
+        event, record = "resumed", restore(content, model, optimizer)
+    else:
+        event, record = "before", measured("before")
+    first = int(optimizer.done)
+    log = open_folder(content, first)
+
+    # train, save, measure again
+    with last_words(lambda: what_is_where(settings)):
+        log.write(event=event, **record)
+        if esft_scores and processes.RANK == 0:
+            esft.save_scores(model, Path(args.out), *esft_scores)
+        batches = dataset.batches(settings, data, tokenizer, first)
+        between = partial(measure_between, settings, data, measured, log)
+        with run.noting() as noted:
+            run_steps(settings, model, optimizer, batches, log, noted, between)
+            save(settings, model)
+        if noted:
+            raise run.Stopped("", 128 + noted[0])
+        processes.meet()  # the first process has written it
+        log.write(event="after", **measured("after"))
+        finish(settings, log, begun)
+
+
+# The loop ----------------------------------------------------------------------------------------
+
+
+def run_steps(args, model, optimizer, batches, log, noted, between):
+    """The training loop, from the steps that are done on.
+
+    noted: signals that ask it to stop. between(done): measures, after some of the steps.
+    """
+    first, steps = int(optimizer.done), args.steps
+    model.checkpoint_activations = args.checkpoint_activations
+    if args.compile:
+        compile_blocks(model)
+    model.train()
+    guard, clock = Guard(model), Clock()
+    counts = 0  # (L, E): choices of each expert, since `first`
+    all_learn = False
+    print("  step cross-entropy  balance        lr grad norm  tokens/s    memory   load")
+    off = processes.RANK > 0 or None  # None: shown on a terminal
+    for step in tqdm(range(first, steps), initial=first, total=steps, disable=off, leave=False):
+        batch = next(batches)
+        losses, grad_norm = take_step(args, model, optimizer, guard, batch, step)
+        done = step + 1
+        optimizer.done.fill_(done)
+        counts += losses.counts
+        clock.tokens += int(batch.mask.sum())
+
+        is_last = done == steps
+        stopping = processes.total(torch.tensor(len(noted))) > 0 and not is_last
+        saving = (stopping or done % args.save_every == 0) and not is_last
+        logging = done % args.log_every == 0 or is_last
+        finite = True
+        if logging or saving:  # the device is asked now, and in no step between
+            finite = guard.read(args, log, is_last)
+        if logging and finite:
+            seconds_left = clock.left(done - first, steps - done)
+            log_step(args, log, model, batch, step, losses, grad_norm, clock.speed(), seconds_left)
+            all_learn = all_learn or check_inert(model, optimizer, counts)
+        with clock.paused():
+            between(done)
+        if saving and finite:
+            save_state(args, model, optimizer, log)
+        if stopping:
+            saved = f"step {done} of {steps} is saved in {args.out}, go on with --resume"
+            number = noted[0] if noted else signal.SIGTERM  # another process's
+            raise run.Stopped(saved if finite else "", 128 + number)
+    model.eval()
+
+
+def take_step(args, model, optimizer, guard, batch, step):
+    """-> its losses, and the norm of its gradients."""
+    # dropout: the step's own
+    torch.manual_seed((args.seed * 1_000_003 + step + processes.RANK * 7_919) % 2**63)
+    rate = learning_rate(step, args.steps, args)
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = rate
+    losses = forward_backward(model, batch, args)
+    # where this is 1, AdamW changes nothing: torch's own way, which its GradScaler takes too
+    optimizer.found_inf = guard.look(losses, step + 1)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses, processes.whole(grad_norm)
+
+
+class StepLosses(NamedTuple):
+    """Of a whole step and all processes; no gradients. Without adapters that are chosen: 0."""
+
+    cross_entropy: torch.Tensor
+    balance: torch.Tensor  # (L,)
+    counts: torch.Tensor  # (L, E)
+    adapter_balance: torch.Tensor | int = 0  # (L,)
+    adapter_counts: torch.Tensor | int = 0  # (L, M)
+
+
+def forward_backward(model, batch, args):
+    """One step's gradients. Its rows come at once; or in parts, of --micro_batch rows and of each
+    process, whose losses add up."""
+    n_labels, n_tokens = count_labels(batch.labels), int(batch.mask.sum())
+    parts = []
+    for rows in processes.micro_batches(batch, args.micro_batch or args.batch_size):
+        loss, losses = loss_of(model, rows, args, n_labels, n_tokens)
+        # sharded gradients are averaged over the processes, and should be summed
+        (loss * processes.WORLD).backward()
+        parts.append(losses)
+    return StepLosses(*map(sum, zip(*parts)))
+
+
+def loss_of(model, rows, args, n_labels, n_tokens):
+    """The loss of a step with so many labels and tokens, or of a part of its rows -> loss, with its
+    graph; StepLosses."""
+    input_ids, labels, mask = rows
+    input_ids, mask = input_ids.to(args.device), mask.to(args.device)
+    # labels stay on the CPU, where those that count are found without waiting for the GPU;
+    # no attention mask: padding is on the right, where no token sees it
+    output = model(input_ids, labels=labels, loss_divisor=n_labels)
+    balance, counts = balance_losses(output.routings, mask, n_tokens)
+    loss = output.loss + args.balance * balance.mean()
+    losses = StepLosses(processes.total(output.loss), processes.total(balance), counts)
+    if args.variant == "perft_r":
+        adapters = [routing.adapter for routing in output.routings]
+        balance, counts = balance_losses(adapters, mask, n_tokens)
+        loss = loss + args.adapter_balance * balance.mean()
+        balance = processes.total(balance)
+        losses = losses._replace(adapter_balance=balance, adapter_counts=counts)
+    return loss, losses
+
+
+def balance_losses(routings, mask, tokens):
+    """moe.load_balancing_loss of each layer, of a part of a step's `tokens` -> losses (L,), which
+    add up over the parts, and the choices of all processes (L, E).
+
+    The shares f are those of all processes, and the loss is linear in P: the processes' terms sum
+    exactly. (Micro-batches each have their own f.)
+    """
+    counts = torch.stack([expert_counts(routing, mask) for routing in routings])
+    counts = processes.total(counts)  # (L, E)
+    losses = []
+    for routing, load in zip(routings, shares(counts)):
+        losses.append(load_balancing_loss(routing, mask, load, tokens))
+    return torch.stack(losses), counts
+
+
+def count_labels(labels):
+    """Of rows (B, T): the first token is never predicted."""
+    return int((labels[:, 1:] != -100).sum())
+
+
+def learning_rate(step, steps, args):
+    """Linear warm-up to args.lr, linear decay to 0 after the last step."""
+    warm = (step + 1) / args.warmup
+    decayed = (steps - step) / max(steps - args.warmup, 1)
+    return args.lr * min(warm, decayed, 1.0)
+
+
+def compile_blocks(model):
+    """Each block by itself: equal blocks share their graphs."""
+    torch._dynamo.config.recompile_limit = 64  # ESFT: a graph for each number of experts
+    for block in model.layers:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
+
+
+# What a variant does to the base -----------------------------------------------------------------
+
+
+def prepare(args, config, tokenizer, data):
+    """-> edit(model), which attaches what trains, before the model has memory, and returns it;
+    notes to print; and of ESFT what esft.save_scores saves."""
+    if args.variant == "scratch":
+        return lambda model: model.requires_grad_(True), [], None
+    hub.Tensors(args.base or EMBEDDED).check_sizes(config)
+    if args.variant in ESFT:
+        return prepare_esft(args, config, tokenizer, data)
+    options = adapter_options(args)
+    if args.experts:
+        options["experts"] = esft.read_choice(args.experts, config).experts
+
+    def edit(model):
+        torch.manual_seed(args.seed)  # adapters start alike on every device
+        return perft.apply_perft(model, **options)
+
+    return edit, perft.warnings_for(PerftConfig(**options), config), None
+
+
+def prepare_esft(args, config, tokenizer, data):
+    """Score the experts, and choose unless a file says which."""
+    choice = None
+    if args.experts not in (None, "random"):
+        choice = esft.read_choice(args.experts, config)
+    elif config.num_experts % args.bind_groups != 0:
+        raise ValueError(
+            f"--bind_groups {args.bind_groups} does not divide the {config.num_experts} experts "
+            "of the base"
+        )
+    check_memory(args, config, lambda model: model.requires_grad_(False))
+    print("    a sample is read now, to score the experts, of which some then train")
+    usage = read_sample(args, config, tokenizer, data)
+    kind = "gate_share" if args.gate_share else args.variant.removeprefix("esft_")
+    scores = esft.expert_scores(*usage, config.num_experts_per_tok, kind)
+    notes = []
+    if choice is None:
+        chosen = esft.select_groups(scores, args.p, args.bind_groups)
+        notes = esft.warnings_for(esft.bind_groups(scores, args.bind_groups), args.p)
+        if args.experts == "random":
+            chosen = esft.random_experts(chosen, config.num_experts, args.seed)
+        choice = esft.EsftConfig(chosen)
+    if args.train_router:
+        choice = choice._replace(train_router=True)
+    print(esft.describe_choice(choice.experts, usage))
+    how = {
+        "task": args.task or args.data,
+        "kind": kind,
+        "p": args.p,
+        "experts": args.experts or "by score",
+    }
+    return lambda model: esft.apply_esft(model, *choice), notes, (usage, scores, how)
+
+
+def read_sample(args, config, tokenizer, data):
+    """How rows of the task use the experts of the base, which is gone afterwards."""
+    examples = data.train[: args.score_rows]
+    size = args.micro_batch or args.batch_size
+    batches = (
+        dataset.pad_batch(examples[i : i + size], tokenizer.pad_id, args.device)
+        for i in range(0, len(examples), size)
+    )
+    model = eval.load_model(args.base, config, args.dtype, args.device)
+    return esft.collect(model, batches)
+
+
+def build(args, config, edit):
+    """The model with all that trains. Of several processes none ever holds the whole of a base."""
+    if args.variant != "scratch":
+        return eval.load_model(args.base, config, args.dtype, args.device, edit)
+    torch.manual_seed(args.seed)
+    model = edit(MoETransformer(config))  # every process draws it all, and keeps its share
+    processes.cut(model, args.device)
+    return model.to(args.device)
+
+
+def make_optimizer(model, args) -> torch.optim.AdamW:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() > 1]
+    norms = [p for p in trained if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": norms, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, args.beta2),
+        eps=1e-8,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    for p in trained:  # made here, not at the first step, so that a saved state has a place to go
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    # ours, beside AdamW's: the steps of the run, of which "step" counts those that changed it
+    optimizer.done = torch.zeros(())
+    return optimizer
+
+
+# What is measured --------------------------------------------------------------------------------
+
+
+VALIDATION_ROWS = 90  # of each skill; the smallest, lexicon_new, has 94
+
+
+@torch.compiler.set_stance("force_eager")  # a few batches, of other lengths: not worth a graph
+def measure(args, model, tokenizer, data, when, split="test"):
+    """-> a record for metrics.jsonl, with its text for the screen.
+
+    --task: accuracy on it, and how much of the pre-training families is still there.
+    --data: loss of the held-out rows, whatever the split.
+    """
+    if args.data and data.held_out is None:
+        return {"text": f"no rows are held out to measure {when} training"}
+    if args.data:
+        loss = held_out_loss(args, model, data.held_out, tokenizer.pad_id)
+        text = f"cross-entropy of {len(data.held_out)} held-out rows {when}: {loss:.4f}"
+        return {"text": text, "held_out": loss}
+    names = list(skills.FAMILIES)
+    if args.task:
+        names.insert(0, args.task)
+    rows, task = (args.eval_rows, args.task) if split == "test" else (VALIDATION_ROWS, None)
+    accuracy = eval.accuracies(model, tokenizer, names, rows, task, split)
+    text = f"accuracy {when}: "
+    if args.task:
+        text += f"{args.task} {100 * accuracy[args.task]:.1f} %, "
+    text += eval.kept_text(accuracy, args.task)
+    if split == "test":
+        others = [f"{name} {100 * accuracy[name]:.0f}" for name in accuracy if name != args.task]
+        text += f"\n    {' '.join(others)}"
+    return {"text": text, "accuracy": accuracy, "kept": eval.kept(accuracy, args.task)}
+
+
+@torch.no_grad()
+def held_out_loss(args, model, held_out, pad_id):
+    """Mean cross-entropy over the labels of the held-out rows."""
+    was_training = model.training
+    model.eval()
+    total = n_labels = 0
+    size = args.micro_batch or args.batch_size
+    for cut in dataset.epoch_batches(held_out.lengths(), size, "held out"):
+        input_ids, labels, _ = dataset.pad_batch([held_out[i] for i in cut], pad_id, args.device)
+        n = count_labels(labels)
+        total += n * model(input_ids, labels=labels).loss.item()
+        n_labels += n
+    model.train(was_training)
+    return total / n_labels
+
+
+def measure_between(args, data, measured, log, done):
+    """What is measured after a step, if anything: where an epoch ends, and every --eval_every."""
+    if args.epochs and data.held_out and done < args.steps and done % data.steps_per_epoch == 0:
+        record = measured(f"after epoch {done // data.steps_per_epoch}")
+        log.write(event="epoch", step=done, **record)
+    if args.eval_every and done % args.eval_every == 0:
+        record = measured(f"at step {done}, validation rows", "validation")
+        log.write(event="eval", step=done, **record)
+
+
+# The log -----------------------------------------------------------------------------------------
+
+
+class Clock:
+    """How fast the steps are, without what is measured between them."""
+
+    def __init__(self):
+        self.begun = self.since = time.perf_counter()
+        self.tokens = 0  # since then
+
+    @contextmanager
+    def paused(self):
+        begin = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begin
+
+    def speed(self):
+        """Tokens a second, since it was asked last."""
+        now = time.perf_counter()
+        speed = self.tokens / (now - self.since)
+        self.tokens, self.since = 0, now
+        return speed
+
+    def left(self, done, to_do):
+        """Seconds, measuring included."""
+        return (time.perf_counter() - self.begun) / done * to_do
+
+
+def log_step(args, log, model, batch, step, losses, grad_norm, speed, seconds_left):
+    """A line of the screen and of metrics.jsonl. speed: tokens a second."""
+    seconds = int(batch.mask.sum()) / speed
+    peak_share = share_of_peak(model, batch, losses.counts, args.device, seconds)
+    load = shares(losses.counts)
+    record = {
+        "step": step + 1,
+        "cross_entropy": losses.cross_entropy.item(),
+        "balance": losses.balance.mean().item(),
+        "lr": learning_rate(step, args.steps, args),
+        "grad_norm": grad_norm.item(),
+        "tokens_per_second": speed,
+        "peak_share": peak_share,
+        "memory": peak_memory(args.device),
+        "largest_load": load.max().item(),
+    }
+    line = (
+        "{step:6} {cross_entropy:13.4f} {balance:8.3f} {lr:9.2e} {grad_norm:9.3f} "
+        "{tokens_per_second:9,.0f} {gb:6.2f} GB {largest_load:6.3f}"
+    )
+    text = line.format(**record, gb=record["memory"] / 1e9)
+    if peak_share is not None:
+        text += f"   {100 * peak_share:.1f} % of the peak"
+    if args.variant == "perft_r":
+        record["adapter_balance"] = losses.adapter_balance.mean().item()
+        record["adapter_load"] = shares(losses.adapter_counts).tolist()
+        text += f"   adapters: balance {record['adapter_balance']:.3f}"
+    if seconds_left and not sys.stderr.isatty():  # where there is no bar that says it
+        text += f"   {tqdm.format_interval(seconds_left)} left"
+    log.write(text, event="step", **record, expert_load=load.tolist())
+
+
+def peak_memory(device):
+    """Bytes: of the GPU's allocator, or of this process."""
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else run.peak_memory()
+
+
+# bf16 products without sparsity, operations a second, by the makers' data sheets. Of two names that
+# fit a device the first counts.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def share_of_peak(model, batch, counts, device, seconds):
+    """The part of all devices' peak (MFU) that a step takes; None if that is unknown."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+    for part, peak in PEAKS.items():
+        if part in name:
+            return flops_of_step(model, batch, counts) / (seconds * peak * processes.WORLD)
+    return None
+
+
+def flops_of_step(model, batch, counts):
+    """Operations of a step's matrix products: for each weight and each token that meets it 2
+    forward, 2 for the gradient of what is multiplied, 2 for the weight's own where it trains.
+
+    counts (L, E): the choices, of which ESFT's experts have some.
+    Too much, by the gradients that the lowest layer does not need above frozen embeddings; nothing
+    that is computed twice counts twice.
+    """
+    c, adapted = model.config, getattr(model, "adapter_config", None)
+    lengths = batch.mask.sum(1)
+    keys = (lengths * (lengths + 1)).sum().item() / 2  # to which tokens attend
+    # two products forward, four for their gradients
+    flops = 12 * keys * c.num_hidden_layers * c.num_attention_heads * c.head_dim
+    for name, p in model.named_parameters():
+        tokens = lengths.sum().item() * perft.share_met(model, name, p)
+        products = 2 + p.requires_grad
+        if p is model.lm_head.weight:
+            tokens = count_labels(batch.labels)
+        elif p.dim() == 1 or p is model.embed_tokens.weight:
+            products = 0
+        elif products == 3 and ".experts." in name and isinstance(adapted, esft.EsftConfig):
+            # its own gradient alone: all else is of the bank, which is a parameter too
+            layer = int(name.split(".")[1])
+            tokens = counts[layer][adapted.experts[layer]].sum().item() / len(p)
+            products = 1
+        flops += 2 * products * p.numel() * tokens
+    return flops
+
+
+# What could go wrong -----------------------------------------------------------------------------
+
+
+def check_memory(args, config, edit):
+    """Print the memory that a step takes for sure, by a model that takes none itself. ValueError if
+    the device has not as much."""
+    with torch.device("meta"):
+        model = edit(MoETransformer(config).to(DTYPES[args.dtype]))
+    parameters = list(model.parameters())
+    trained = sum(p.nbytes for p in parameters if p.requires_grad) // processes.WORLD
+    frozen = sum(p.nbytes for p in parameters) // processes.WORLD - trained
+    total = frozen + 4 * trained  # gradients, and AdamW's two moments
+    on_gpu = args.device.startswith("cuda")
+    free = torch.cuda.mem_get_info(args.device)[0] if on_gpu else run.free_memory()
+    if total > free:
+        raise ValueError(
+            f"at least {total / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free; try "
+            "a lower --rank, --dtype bfloat16, or several GPUs (torchrun)"
+        )
+    line = (
+        "memory in GB a device: weights {:,.2f}, trains {:,.2f}, gradients {:,.2f}, "
+        "AdamW {:,.2f}; activations come on top"
+    )
+    print(line.format(*(n / 1e9 for n in (frozen, trained, trained, 2 * trained))))
+
+
+IN_A_ROW = 10  # steps that are not finite: one may be chance, so many are not
+
+
+class Guard:
+    """Finds numbers that are not finite in their step, without waiting for the device: such a step
+    changes neither weights nor moments, and is told of when the device is asked anyway, at the next
+    line of the log, or save.
+    """
+
+    def __init__(self, model):
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.trained = trained[::-1]
+        # in the order in which a step computes: the first that is not finite is nearest the cause
+        self.places = [f"the router of layers.{i}" for i in range(len(model.layers))]
+        self.places += ["the loss", *(f"the gradient of {name}" for name, _ in self.trained)]
+        self.looks = []  # (step, a number for each place), since the device was asked
+        self.bad_in_a_row = 0  # steps
+        self.first_bad = ""
+
+    def look(self, losses, step):
+        """-> 1 if this step is to change nothing, else 0."""
+        norms = []
+        for _, p in self.trained:
+            grad = losses.balance.new_zeros(()) if p.grad is None else processes.held(p.grad)[0]
+            norms.append(grad.norm())
+        norms = processes.total(torch.stack(norms))
+        values = torch.cat((losses.balance, losses.cross_entropy[None], norms))
+        self.looks.append((step, values))
+        return (~values.isfinite().all()).float()
+
+    def read(self, args, log, is_last):
+        """Ask the device; tell the log where bad steps began. Is the latest one good? ValueError if
+        it is the last of many that are not, or of the run."""
+        for step, values in self.looks:
+            finite = values.isfinite().tolist()
+            if all(finite):
+                self.bad_in_a_row = 0
+                continue
+            if self.bad_in_a_row == 0:
+                place = self.places[finite.index(False)]
+                self.first_bad = f"{place} was not finite in step {step}"
+                text = f"warning: {self.first_bad}, which changed nothing"
+                log.write(text, event="not_finite", what=self.first_bad)
+            self.bad_in_a_row += 1
+        self.looks.clear()
+        if self.bad_in_a_row >= IN_A_ROW or (self.bad_in_a_row and is_last):
+            raise ValueError(
+                f"{self.first_bad}, nor was any step since; lower --lr (it is {args.lr}): "
+                f"{what_is_where(args)}"
+            )
+        return self.bad_in_a_row == 0
+
+
+MANY = 1000  # choices, among which are some that a label depends on
+
+
+def check_inert(model, optimizer, counts):
+    """ValueError if a tensor that trains never had a gradient, of which AdamW's first moment would
+    know: attached, listed, stepped, and inert is the commonest silent failure. -> was every layer
+    looked at?
+
+    Looked at from the second step on: where B starts at 0, A has no gradient in the first. A layer
+    is left for later while its chosen experts have counts (L, E) below MANY: not every token has a
+    label that depends on it. An adapter router that was warned about is never looked at.
+    """
+    if max(state["step"].item() for state in optimizer.state.values()) < 2:
+        return False
+    config = getattr(model, "adapter_config", None)
+    chosen = getattr(config, "experts", None) or []
+    too_early = [f"layers.{i}." for i, ids in enumerate(chosen) if counts[i][ids].sum() < MANY]
+    untaught = []
+    if isinstance(config, PerftConfig) and perft.warnings_for(config, model.config):
+        untaught = ["adapters.router"]
+    for name, p in model.named_parameters():
+        if not p.requires_grad or any(part in name for part in [*too_early, *untaught]):
+            continue
+        if not processes.whole(optimizer.state[p]["exp_avg"]).any():
+            raise ValueError(
+                f"{name} trains and never had a gradient: attached but inert; is its output "
+                "detached, or does no token reach it?"
+            )
+    return not too_early
+
+
+@contextmanager
+def last_words(text):
+    """What text() says, where things are and how to go on, is told to who stops the work inside, or
+    has too little memory for it, or lost another process."""
+    try:
+        with run.last_words(text):
+            yield
+    except (RuntimeError, MemoryError) as error:
+        if processes.is_alone(error):
+            cause = "another process is gone"
+        elif isinstance(error, MemoryError) or "memory" in str(error):
+            cause = "out of memory; lower --micro_batch or --batch_size"
+        else:
+            raise
+        raise ValueError(f"{cause}: {text()}") from None
+
+
+def what_is_where(args):
+    """Of a run that ends before its time, once it has its folder."""
+    weights = weights_file(args)
+    if weights.exists():
+        flag = f"--base {weights.parent}" if args.variant == "scratch" else f"--adapter {args.out}"
+        return f"training is done, {weights} is saved; accuracies: eval.py {flag}"
+    if (Path(args.out) / STATE).exists():
+        return f"an earlier step is saved in {args.out}, go on with --resume"
+    return "nothing was saved, begin again with --overwrite"
+
+
+# Going on ----------------------------------------------------------------------------------------
+
+STATE = "state.safetensors"  # of an unfinished run: what a step changes
+# What may differ in a run that goes on: its rate; what changes no number of a step; the machine.
+MAY_DIFFER = """lr
+    resume overwrite out log_every save_every checkpoint_activations
+    threads torch world device""".split()
+# What a run folder may hold beside config.json and metrics.jsonl: what --overwrite removes.
+RUN_FILES = (
+    STATE,
+    "run.svg",
+    perft.CONFIG,
+    perft.WEIGHTS,
+    esft.CONFIG,
+    esft.WEIGHTS,
+    esft.SCORES,
+    esft.PICTURE,
+    "model/config.json",
+    "model/model.safetensors",
+    "model/tokenizer.json",
+    "model/tokenizer_config.json",
+    *(f"eval_generate/{name}" for name in eval.EVAL_FILES),
+    *(f"eval_likelihood/{name}" for name in eval.EVAL_FILES),
+)
+
+
+def settings_of(args, config, data):
+    """Every value in force: the flags, and what follows from the base and the rows."""
+    settings = vars(args) | {
+        "steps": data.steps,
+        "max_length": data.max_length,
+        "template": data.template,
+    }
+    if args.balance is None:
+        settings["balance"] = config.router_aux_loss_coef
+    if args.variant == "perft_r" and args.adapter_balance is None:
+        settings["adapter_balance"] = config.router_aux_loss_coef
+    if args.compile is None:
+        settings["compile"] = args.device.startswith("cuda")
+    # paths that hold from everywhere
+    if args.base:
+        settings["base"] = os.path.abspath(args.base)
+    if args.data and args.data not in dataset.NAMED:
+        settings["data"] = os.path.abspath(args.data)
+    return settings
+
+
+def facts_of(model, data):
+    """What else config.json says of a run."""
+    whole = perft.summed("all", perft.what_trains(model))
+    return {
+        "data_sha256": data.sha256,
+        "world": processes.WORLD,
+        "torch": torch.__version__,
+        "base_config": model.config.to_dict(),
+        "chosen": getattr(getattr(model, "adapter_config", None), "experts", None),
+        "trains": whole.parameters,
+        "activated": whole.activated,  # of those, by one token
+    }
+
+
+def configuration_text(settings):
+    words = ["configuration:"]
+    for name, value in vars(settings).items():
+        if value is not None and value is not False:
+            words.append(f"{name}={value}")
+    return textwrap.fill(" ".join(words), 100, subsequent_indent="    ", break_on_hyphens=False)
+
+
+def advice(args):
+    """What a user should know of settings that are likely not meant."""
+    found = BY_VARIANT[args.variant]["lr"]
+    notes = []
+    if args.warmup >= args.steps:
+        notes.append("--warmup is not shorter than the run, whose rate never comes down")
+    if args.lr > 100 * found:
+        notes.append(
+            f"--lr {args.lr} is far above what {args.variant} was found to bear, {found}: "
+            "training will likely diverge"
+        )
+    recipes = [name for name, recipe in RECIPES.items() if args.variant in recipe.variants]
+    if args.base and not args.recipe and args.lr == found and recipes:
+        notes.append(
+            f"--lr {args.lr} was found on the embedded model; a real base wants less; --data "
+            f"with --recipe {' or '.join(recipes)} has the papers' settings"
+        )
+    if args.base and not args.data and not eval.is_embedded(args.base):
+        notes.append("--task is of the embedded world, which this base does not know; give --data")
+    return notes
+
+
+def open_folder(settings, done):
+    """From here on a run that is replaced is lost. metrics.jsonl comes first: it makes a folder a
+    run's, whatever happens next. done: the steps of a run that goes on."""
+    if processes.RANK > 0:
+        return run.Log(None, None)
+    out = Path(settings["out"])
+    # once more: somebody may have put a run there meanwhile
+    run.check_run_folder(out, done, settings["overwrite"], RUN_FILES)
+    if not done:
+        for name in RUN_FILES:
+            (out / name).unlink(missing_ok=True)
+    log = run.Log(out / "metrics.jsonl", done or None)
+    run.write_json(out / "config.json", settings, indent=2)
+    return log
+
+
+def state_places(model, optimizer):
+    """Everything that a step changes: the trained parameters, AdamW's moments and step counts."""
+    table = {"done": hub.Place(optimizer.done)}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            table[f"param.{name}"] = hub.Place(p)
+            for key, value in optimizer.state[p].items():
+                table[f"{key}.{name}"] = hub.Place(value)
+    return table
+
+
+def save_state(args, model, optimizer, log):
+    log.sync()  # what belongs to the state is there before it
+    hub.write_tensors(Path(args.out) / STATE, state_places(model, optimizer))
+
+
+def restore(settings, model, optimizer):
+    """Go on from the saved state of a run -> a record of that."""
+    out = Path(settings["out"])
+    fixed = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
+    changed = run.changes(run.read_json(out / "config.json"), fixed)
+    if changed:
+        raise ValueError(f"--resume continues {out} as it was begun; changed: {changed}")
+    hub.Tensors(out / STATE).fill(state_places(model, optimizer))
+    done = optimizer.done.item()
+    # of a tensor that never had a gradient 0; of all others the steps that changed something
+    counts = {moments["step"].item() for moments in optimizer.state.values()} - {0}
+    possible = done in range(1, settings["steps"]) and len(counts) == 1
+    if not possible or counts.pop() not in range(1, int(done) + 1):
+        raise ValueError(
+            f"{out / STATE}: holds numbers of steps that no run has done; begin again with "
+            "--overwrite"
+        )
+    text = f"goes on after step {done:.0f}, with --lr {settings['lr']}"
+    return {"text": text, "step": int(done), "lr": settings["lr"]}
+
+
+def weights_file(args):
+    """What a run is for."""
+    name = esft.WEIGHTS if args.variant in ESFT else perft.WEIGHTS
+    if args.variant == "scratch":
+        name = "model/model.safetensors"
+    return Path(args.out) / name
+
+
+def save(args, model):
+    """Write what was trained."""
+    out = Path(args.out)
+    if args.variant in ESFT:
+        return esft.save(model, out)
+    if args.variant != "scratch":
+        return perft.save_adapter(model, out)
+    model.save_pretrained(out / "model", torch.bfloat16)
+    for p in model.parameters():
+        p.data.copy_(p.data.bfloat16())  # what is reported is what is in the file
+    if processes.RANK == 0:
+        for file in Path(args.base or EMBEDDED).glob("tokenizer*.json"):
+            shutil.copy(file, out / "model")
+
+
+def finish(args, log, begun):
+    """Close the run. The state goes last: a run that is cut off before goes on from it and comes
+    here again."""
+    peak, seconds = peak_memory(args.device), time.perf_counter() - begun
+    text = f"took {seconds:,.0f} s and at most {peak / 1e9:.2f} GB of memory"
+    log.write(text, event="memory", seconds=seconds, peak=peak)
+    saved = weights_file(args)
+    size = saved.stat().st_size
+    log.write(f"saved {saved} ({size:,} bytes)", event="saved", file=str(saved), bytes=size)
+    log.sync()
+    if processes.RANK == 0:
+        out = Path(args.out)
+        pictures.draw(out)
+        (out / STATE).unlink(missing_ok=True)
+
 
 # Flags -------------------------------------------------------------------------------------------
 
@@ -81,10 +873,8 @@ KEEP_THE_BASE = (*PERFT, *ESFT, *LORA, "router")  # all of it, or float32 master
 TASKS = (*skills.TARGETS, *skills.FAMILIES)
 # choices that are not every variant's
 DTYPES_OF = {"float32": VARIANTS, "bfloat16": KEEP_THE_BASE}
-WHOLE = number(int, 0, most=2**63 - 1)
-ROWS_DRAWN = number(int, 1, most=10**7)  # they are all held in memory
+ROWS_DRAWN = number(int, 1, most=eval.MOST_ROWS)  # they are all held in memory
 BETA = number(float, 0, most=0.999999)
-SHARE = number(float, 0, above=True, most=1)
 
 
 def perft_paper(variant, given):
@@ -133,26 +923,16 @@ def esft_paper(variant, given):
     }
 
 
-RECIPES = {"perft_paper": (*PERFT, *BASELINES), "esft_paper": (*ESFT, *LORA, "full")}
+class Recipe(NamedTuple):
+    settings: Callable  # (variant, what is given) -> values of flags
+    variants: tuple[str, ...]
 
 
-class Flag(NamedTuple):
-    """A row of the table."""
+RECIPES = {
+    "perft_paper": Recipe(perft_paper, (*PERFT, *BASELINES)),
+    "esft_paper": Recipe(esft_paper, (*ESFT, *LORA, "full")),
+}
 
-    takes: object  # a kind of number; a text, by what it is; names to choose from; a SWITCH
-    default: object  # of most variants: see BY_VARIANT
-    about: str
-    variants: tuple[str, ...] = VARIANTS  # that have it
-
-
-def group(title, **flags):
-    return title, flags
-
-
-# A switch, as argparse calls it; the second has a --no-... too.
-ON, ON_OFF = SWITCH = "store_true", BooleanOptionalAction
-# Groups that a command may lack whatever its variant: see `missing`.
-TASK, ROWS, CHOICE = "task of the embedded world", "rows of a file", "choice of the experts"
 FLAGS = [
     group(
         "model and rows",
@@ -164,18 +944,30 @@ FLAGS = [
         data=Flag("FILE", None, "rows of a file, no task; with --help: their flags", WITH_ROWS),
     ),
     group(
-        TASK,
-        task=Flag(TASKS, skills.DEFAULT_TARGET, "what to learn", WITH_ROWS),
-        train_rows=Flag(ROWS_DRAWN, 4000, "to draw", WITH_ROWS),
-        eval_rows=Flag(ROWS_DRAWN, 500, "test rows of the task, a fifth of it for each family"),
+        "task of the embedded world",
+        task=Flag(TASKS, skills.DEFAULT_TARGET, "what to learn", WITH_ROWS, not_with="data"),
+        train_rows=Flag(ROWS_DRAWN, 4000, "to draw", WITH_ROWS, not_with="data"),
+        eval_rows=Flag(
+            ROWS_DRAWN, 500, "test rows of the task, a fifth of it for each family", not_with="data"
+        ),
     ),
     group(
-        ROWS,
-        recipe=Flag(RECIPES, None, "a paper's settings"),
-        max_length=Flag(count, 1024, "tokens of a row, at most"),
-        template=Flag(tasks.TEMPLATES, None, "of alpaca records' prompts (papers)"),
-        held_out=Flag(WHOLE, 120, "rows kept out to measure on, as many as in the papers"),
-        epochs=Flag(count, 1, "times through the rows, if --steps is not given"),
+        "rows of a file",
+        recipe=Flag(RECIPES, None, "a paper's settings", only_with="data"),
+        max_length=Flag(count, 1024, "tokens of a row, at most", only_with="data"),
+        template=Flag(
+            tasks.TEMPLATES, None, "of alpaca records' prompts (papers)", only_with="data"
+        ),
+        held_out=Flag(
+            natural, 120, "rows kept out to measure on, as many as in the papers", only_with="data"
+        ),
+        epochs=Flag(
+            count,
+            1,
+            "times through the rows, if --steps is not given",
+            only_with="data",
+            not_with="steps",
+        ),
     ),
     group(
         "adapters",
@@ -207,10 +999,14 @@ FLAGS = [
         train_router=Flag(ON, False, "the pretrained routers too", (*PERFT, *ESFT)),
     ),
     group(
-        CHOICE,
-        gate_share=Flag(ON, False, "scores as shares of their layer's sum", ("esft_gate",)),
-        p=Flag(SHARE, 0.2, "score that a layer's choice reaches", ESFT),
-        bind_groups=Flag(count, 1, "choose whole groups of so many, as a control", ESFT),
+        "choice of the experts",
+        gate_share=Flag(
+            ON, False, "scores as shares of their layer's sum", ("esft_gate",), not_with="experts"
+        ),
+        p=Flag(fraction, 0.2, "score that a layer's choice reaches", ESFT, not_with="experts"),
+        bind_groups=Flag(
+            count, 1, "choose whole groups of so many, as a control", ESFT, not_with="experts"
+        ),
     ),
     group(
         "optimisation (AdamW, warm-up, then linear decay to 0)",
@@ -223,7 +1019,7 @@ FLAGS = [
         clip=Flag(positive, 1.0, "gradient norm"),
         balance=Flag(from_zero, None, "c_base (router_aux_loss_coef of the base's config)"),
         train_on_inputs=Flag(ON_OFF, False, "labels on the prompt too, not only on the answer"),
-        seed=Flag(WHOLE, 0, "of weights, row order, dropout"),
+        seed=Flag(natural, 0, "of weights, row order, dropout"),
     ),
     group(
         "run",
@@ -268,28 +1064,26 @@ def not_for(variant, others):
     return f"does not apply to --variant {variant}; it applies to {', '.join(others)}"
 
 
+RANDOM_EXPERTS = ("experts", "random")  # as many as a choice would be: it has a p, too
+
+
 def missing(variant, given):
     """The flags that a command does not have, and why."""
     why = {}
-    for title, flags in FLAGS:
-        for name, flag in flags.items():
-            if variant not in flag.variants:
-                why[name] = not_for(variant, flag.variants)
-            elif title == TASK and "data" in given:
-                why[name] = "does not apply to --data, which brings its own rows"
-            elif title == ROWS and "data" not in given:
-                why[name] = "applies to --data only"
-            elif name == "epochs" and "steps" in given:
-                why[name] = "does not apply to --steps, which says how many"
-            elif title == CHOICE and given.get("experts", "random") != "random":
-                why[name] = "does not apply to --experts FILE, which holds the choice"
+    for name, flag in [item for _, flags in FLAGS for item in flags.items()]:
+        if flag.of and variant not in flag.of:
+            why[name] = not_for(variant, flag.of)
+        elif flag.only_with and flag.only_with not in given:
+            why[name] = f"applies to --{flag.only_with} only"
+        elif flag.not_with in given and (flag.not_with, given[flag.not_with]) != RANDOM_EXPERTS:
+            why[name] = f"does not apply to --{flag.not_with}, which brings its own"
     return why
 
 
-def in_force(variant, given):
-    """The value of each flag: what is given, else the recipe's, else the default."""
-    values = {name: flag.default for _, flags in FLAGS for name, flag in flags.items()}
-    values |= BY_VARIANT[variant] | {"out": f"out/{variant}"}
+def defaults_of(variant, given):
+    """Defaults other than those of the table."""
+    out = f"out/{variant}"
+    values = BY_VARIANT[variant] | {"out": out}
     if "base" in given:
         values["threads"] = None  # as torch likes; a small model is faster with one
     if "gate_share" in given:
@@ -297,85 +1091,50 @@ def in_force(variant, given):
     if "data" in given:
         values["steps"] = None
     if "recipe" in given:
-        recipe = perft_paper if given["recipe"] == "perft_paper" else esft_paper
-        values |= recipe(variant, given)
-    begun = Path(given.get("out", values["out"])) / "config.json"
-    if "resume" in given and "lr" not in given and begun.is_file():
+        values |= RECIPES[given["recipe"]].settings(variant, given)
+    begun = Path(given.get("out", out)) / "config.json"
+    if (
+        "resume" in given and "lr" not in given and begun.is_file()
+    ):  # at the rate of the run that is continued
         rate = run.read_json(begun, lr=float).get("lr") or values["lr"]
         if rate < 0:
             raise ValueError(f"{begun}: lr is {rate}, which no run had; give --lr")
         values["lr"] = rate
-    return values | given
+    return values
 
 
-def make_parser(defaults, absent, **options):
-    """A parser of all flags but some, with these defaults."""
-    parser = run.Parser(
-        description="Fine-tune a Mixture-of-Experts model; train.py's first page says how.",
-        usage="python train.py --variant NAME [options]",
-        **options,
-    )
-    for title, flags in FLAGS:
-        add = parser.add_argument_group(title).add_argument
-        for name, flag in flags.items():
-            if name not in absent:
-                add(f"--{name}", **for_argparse(flag, defaults.get(name, SUPPRESS)))
-    return parser
-
-
-def for_argparse(flag, default):
-    about = flag.about
-    if default is not None and default is not False:
-        about += f" ({default})"
-    if flag.takes in SWITCH:
-        options = {"action": flag.takes}
-    elif callable(flag.takes):
-        options = {"type": flag.takes, "metavar": "N"}
-    elif isinstance(flag.takes, str):
-        options = {"metavar": flag.takes}
-    else:
-        options = {"choices": flag.takes, "metavar": "NAME"}
-        about += f": {', '.join(flag.takes)}"
-    return options | {"default": default, "help": about}
+def command_of(given):
+    """For run.read_flags."""
+    variant = given.get("variant", "perft_s")  # whose page --help shows
+    return defaults_of(variant, given), missing(variant, given)
 
 
 def parse_args(argv=None) -> Namespace:
-    """Read twice: first every flag there is, to see which command this is; then the flags that this
-    command has, with its defaults, None for the others."""
-    given = vars(make_parser({}, (), add_help=False).parse_known_args(argv)[0])
-    variant = given.get("variant", "perft_s")  # whose page --help shows
-    absent = missing(variant, given)
     try:
-        parser = make_parser(in_force(variant, given), absent)
-        parser.set_defaults(**dict.fromkeys(absent))
-        args, unknown = parser.parse_known_args(argv)
-        if unknown:
-            raise ValueError(not_understood(unknown[0].split("=")[0], absent, parser))
+        args = run.read_flags(
+            FLAGS,
+            argv,
+            command_of,
+            usage="python train.py --variant NAME [options]",
+            description="Fine-tune a Mixture-of-Experts model; train.py's first page says how.",
+        )
         check_args(args)
-    except (ValueError, OSError, ArgumentTypeError) as error:
+    except (ValueError, OSError) as error:
         run.refuse(str(error))
     return args
-
-
-def not_understood(word, absent, parser):
-    name = word.removeprefix("--")
-    if name in absent:
-        return f"{word} {absent[name]}"
-    known = [*parser.flags(), *(f"--variant {variant}" for variant in VARIANTS)]
-    near = difflib.get_close_matches(word, known, cutoff=0.55)
-    return f"{word} was not understood" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def check_args(args):
     """ValueError for values that cannot go together."""
     if args.variant is None:
         raise ValueError("--variant is required, it says what trains")
-    eval.device(args.device)
-    for name, allowed in (("dtype", DTYPES_OF), ("recipe", RECIPES)):
-        value = vars(args)[name]
-        others = allowed.get(value, VARIANTS)
+    eval.check_device(args.device)
+    only = {"dtype": DTYPES_OF[args.dtype]}
+    if args.recipe:
+        only["recipe"] = RECIPES[args.recipe].variants
+    for name, others in only.items():
         if args.variant not in others:
-            raise ValueError(f"--{name} {value} {not_for(args.variant, others)}")
+            raise ValueError(f"--{name} {vars(args)[name]} {not_for(args.variant, others)}")
     if args.kind == "parallel" and args.alpha is not None:
         raise ValueError("--alpha does not apply to --kind parallel, which has no scale")
     if args.variant in ADAPTERS:
@@ -390,728 +1149,23 @@ def adapter_options(args):
     return {name: vars(args)[name] for name in names if vars(args)[name] is not None}
 
 
-# What a run needs --------------------------------------------------------------------------------
-
-
-def plan(args, config, tokenizer, data):
-    """What a variant does to the base -> edit(model), which attaches what trains and returns it,
-    before the model has memory; notes to print; and of ESFT what esft.save_scores saves."""
-    if args.variant == "scratch":
-        return lambda model: model.requires_grad_(True), [], None
-    hub.Tensors(args.base or EMBEDDED).check_sizes(config)
-    if args.variant in ESFT:
-        return plan_esft(args, config, tokenizer, data)
-    options = adapter_options(args)
-    if args.experts:
-        options["experts"] = esft.read_choice(args.experts, config).experts
-
-    def edit(model):
-        torch.manual_seed(args.seed)  # adapters start alike on every device
-        return perft.apply_perft(model, **options)
-
-    return edit, perft.warnings_for(PerftConfig(**options), config), None
-
-
-def plan_esft(args, config, tokenizer, data):
-    """Score the experts, and choose unless a file says which."""
-    say_memory(args, config, lambda model: model.requires_grad_(False))
-    print("    a sample is read now, to score the experts, of which some then train")
-    usage = read_sample(args, config, tokenizer, data)
-    kind = "gate_share" if args.gate_share else args.variant.removeprefix("esft_")
-    scores = esft.expert_scores(*usage, config.num_experts_per_tok, kind)
-    notes = []
-    if args.experts in (None, "random"):
-        chosen = esft.select_experts(scores, args.p, args.bind_groups)
-        if args.experts == "random":
-            chosen = esft.random_experts(chosen, config.num_experts, args.seed)
-        choice = esft.EsftConfig(chosen)
-        notes = esft.warnings_for(esft.bind_groups(scores, args.bind_groups), args.p)
-    else:
-        choice = esft.read_choice(args.experts, config)
-    if args.train_router:
-        choice = choice._replace(train_router=True)
-    print(esft.describe_choice(choice.experts, usage))
-    how = {
-        "task": args.task or args.data,
-        "kind": kind,
-        "p": args.p,
-        "experts": args.experts or "by score",
-    }
-    return lambda model: esft.apply_esft(model, *choice), notes, (usage, scores, how)
-
-
-def read_sample(args, config, tokenizer, data):
-    """How rows of the task use the experts of the base, which is gone afterwards."""
-    examples = data.train[: args.score_rows]
-    size = args.micro_batch or args.batch_size
-    batches = (
-        dataset.pad_batch(examples[i : i + size], tokenizer.pad_id, args.device)
-        for i in range(0, len(examples), size)
-    )
-    model = eval.load_model(args.base, config, args.dtype, args.device)
-    return esft.collect(model, batches)
-
-
-def build(args, config, edit):
-    """The model with all that trains. Of several processes none ever holds the whole of a base."""
-    say_memory(args, config, edit)
-    if args.variant != "scratch":
-        return eval.load_model(args.base, config, args.dtype, args.device, edit)
-    torch.manual_seed(args.seed)
-    model = edit(MoETransformer(config))  # every process draws it all, and keeps its share
-    processes.cut(model, args.device)
-    return model.to(args.device)
-
-
-def say_memory(args, config, edit):
-    """Print the memory that a step takes for sure, of a model that takes none itself."""
-    with torch.device("meta"):
-        model = MoETransformer(config).to(DTYPES[args.dtype])
-        edit(model)
-    print(certain_memory(model, args.device))
-
-
-def certain_memory(model, device: str) -> str:
-    """The memory that a step takes for sure, in a line, before the weights are loaded. ValueError
-    if the device has not as much."""
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad) // processes.WORLD
-    frozen = sum(p.nbytes for p in model.parameters()) // processes.WORLD - trained
-    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else run.free_memory()
-    total = frozen + 4 * trained  # gradients, and AdamW's two moments
-    if total > free:
-        raise ValueError(
-            f"at least {total / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free; try "
-            "a lower --rank, --dtype bfloat16, or several GPUs (torchrun)"
-        )
-    line = (
-        "memory in GB a device: weights {weights:,.2f}, trains {trains:,.2f}, gradients "
-        "{trains:,.2f}, AdamW {moments:,.2f}; activations come on top"
-    )
-    return line.format(weights=frozen / 1e9, trains=trained / 1e9, moments=2 * trained / 1e9)
-
-
-def make_optimizer(model, args) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.dim() > 1]
-    norms = [p for p in trained if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": norms, "weight_decay": 0.0}],
-        lr=args.lr,
-        betas=(0.9, args.beta2),
-        eps=1e-8,
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
-    optimizer.done = torch.zeros(())  # steps of the run; "step" counts those that changed something
-    for p in trained:  # made here, not at the first step, so that a saved state has a place to go
-        optimizer.state[p] = {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
-    return optimizer
-
-
-def state_places(model, optimizer):
-    """Everything that a step changes: the trained parameters, AdamW's moments and step counts."""
-    table = {"done": hub.Place(optimizer.done)}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            table[f"param.{name}"] = hub.Place(p)
-            for key, value in optimizer.state[p].items():
-                table[f"{key}.{name}"] = hub.Place(value)
-    return table
-
-
-# What is measured --------------------------------------------------------------------------------
-
-
-VALIDATION_ROWS = 90  # of each skill; the smallest, lexicon_new, has 94
-
-
-@torch.compiler.set_stance("force_eager")  # a few batches, of other lengths: not worth a graph
-def measure(args, model, tokenizer, data, when, split="test"):
-    """-> a text for the screen, and a record for metrics.jsonl.
-
-    --task: accuracy on it, and how much of the pre-training families is still there.
-    --data: loss of the held-out rows, whatever the split.
-    """
-    if args.data and data.held_out is None:
-        return f"no rows are held out to measure {when} training", {}
-    if args.data:
-        loss = held_out_loss(args, model, data.held_out, tokenizer.pad_id)
-        text = f"cross-entropy of {len(data.held_out)} held-out rows {when}: {loss:.4f}"
-        return text, {"held_out": loss}
-    names = list(skills.FAMILIES)
-    if args.task:
-        names.insert(0, args.task)
-    rows, task = (args.eval_rows, args.task) if split == "test" else (VALIDATION_ROWS, None)
-    accuracy = eval.accuracies(model, tokenizer, names, rows, task, split)
-    text = f"accuracy {when}: "
-    if args.task:
-        text += f"{args.task} {100 * accuracy[args.task]:.1f} %, "
-    text += eval.kept_text(accuracy, args.task)
-    if split == "test":
-        others = [f"{name} {100 * accuracy[name]:.0f}" for name in accuracy if name != args.task]
-        text += f"\n    {' '.join(others)}"
-    return text, {"accuracy": accuracy, "kept": eval.kept(accuracy, args.task)}
-
-
-@torch.no_grad()
-def held_out_loss(args, model, held_out, pad_id):
-    """Mean cross-entropy over the labels of the held-out rows."""
-    model.eval()
-    total = labels_seen = 0
-    size = args.micro_batch or args.batch_size
-    for cut in dataset.epoch_batches(held_out.lengths(), size, "held out"):
-        input_ids, labels, _ = dataset.pad_batch([held_out[i] for i in cut], pad_id, args.device)
-        n = (labels[:, 1:] != -100).sum().item()
-        total += n * model(input_ids, labels=labels).loss.item()
-        labels_seen += n
-    return total / labels_seen
-
-
-def peak_memory(device):
-    """Bytes: of the GPU's allocator, or of this process."""
-    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else run.peak_memory()
-
-
-# bf16 products without sparsity, operations a second, by the makers' data sheets. Of two names that
-# fit a device the first counts.
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
-
-
-def flops_of_step(model, batch, counts):
-    """Operations of a training step in matrix products: for each token and weight that it meets 2
-    forward, 2 for the gradient of what is multiplied, 2 for the weight's own where it trains.
-
-    counts (L, E): the choices, of which ESFT's experts have some.
-    Too much, by the gradients that the lowest layer does not need above frozen embeddings; nothing
-    that is computed twice counts twice.
-    """
-    c, config = model.config, getattr(model, "adapter_config", None)
-    copies = isinstance(config, esft.EsftConfig)  # of a bank, which is counted
-    lengths = batch.mask.sum(1)
-    keys = (lengths * (lengths + 1)).sum().item() / 2  # to which tokens attend
-    # two products forward, four for their gradients
-    flops = 12 * keys * c.num_hidden_layers * c.num_attention_heads * c.head_dim
-    for name, p in model.named_parameters():
-        products = 2 + p.requires_grad
-        met = p.numel() * perft.share_met(model, name, p) * lengths.sum().item()
-        if p is model.lm_head.weight:
-            met = p.numel() * (batch.labels[:, 1:] != -100).sum().item()  # by labels only
-        elif p.dim() == 1 or p is model.embed_tokens.weight:
-            products = 0
-        elif copies and p.requires_grad and ".experts." in name:
-            layer = int(name.split(".")[1])
-            met = p[0].numel() * counts[layer][config.experts[layer]].sum().item()
-            products = 1
-        flops += 2 * products * met
-    return flops
-
-
-def share_of_peak(model, batch, counts, device, seconds):
-    """The part of all devices' peak (MFU) that a step takes; None if that is unknown."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    peak = next((peak for part, peak in PEAKS.items() if part in name), None)
-    if peak is None:
-        return None
-    return flops_of_step(model, batch, counts) / (seconds * peak * processes.WORLD)
-
-
-# The step ----------------------------------------------------------------------------------------
-
-
-def learning_rate(step, steps, args):
-    """Linear warm-up to args.lr, linear decay to 0 after the last step."""
-    warm = (step + 1) / args.warmup
-    decayed = (steps - step) / max(steps - args.warmup, 1)
-    return args.lr * min(warm, decayed, 1.0)
-
-
-def balance_losses(routings, mask, tokens):
-    """moe.load_balancing_loss of each layer, of a part of a step's `tokens` -> losses (L,), which
-    add up over the parts, and the choices of all processes (L, E).
-
-    The shares f are those of all processes, and the loss is linear in P: the processes' terms sum
-    exactly. (Micro-batches each have their own f.)
-    """
-    counts = torch.stack([expert_counts(routing, mask) for routing in routings])
-    counts = processes.total(counts)  # (L, E)
-    losses = []
-    for routing, load in zip(routings, shares(counts)):
-        losses.append(unevenness(load, prob_sums(routing, mask), tokens))
-    return torch.stack(losses), counts
-
-
-class StepLosses(NamedTuple):
-    """Of a whole step and all processes; no gradients. Without adapters that are chosen: 0."""
-
-    cross_entropy: torch.Tensor
-    balance: torch.Tensor  # (L,)
-    adapter_balance: torch.Tensor  # (L,)
-    counts: torch.Tensor  # (L, E)
-    adapter_counts: torch.Tensor  # (L, M)
-
-
-def forward_backward(model, batch, args):
-    """One step's gradients, in parts of --micro_batch rows."""
-    labels_in_step = int((batch.labels[:, 1:] != -100).sum())
-    tokens = int(batch.mask.sum())
-    cross_entropy = balance = adapter_balance = counts = adapter_counts = 0
-    for input_ids, labels, mask in processes.micro_batches(
-        batch, args.micro_batch or args.batch_size
-    ):
-        input_ids, mask = input_ids.to(args.device), mask.to(args.device)
-        # labels stay on the CPU, where those that count are found without waiting for the GPU;
-        # no attention mask: padding is on the right, where no token sees it
-        output = model(input_ids, labels=labels, loss_divisor=labels_in_step)
-        part, chosen = balance_losses(output.routings, mask, tokens)
-        loss = output.loss + args.balance * part.mean()
-        cross_entropy += processes.total(output.loss)
-        balance += processes.total(part)
-        counts += chosen
-        if args.variant == "perft_r":
-            adapters = [routing.adapter for routing in output.routings]
-            part, chosen = balance_losses(adapters, mask, tokens)
-            loss = loss + args.adapter_balance * part.mean()
-            adapter_balance += processes.total(part)
-            adapter_counts += chosen
-        # sharded gradients are averaged over the processes, and should be summed
-        (loss * processes.WORLD).backward()
-    return StepLosses(cross_entropy, balance, adapter_balance, counts, adapter_counts)
-
-
-class Guard:
-    """Finds numbers that are not finite in their step, without waiting for the device: such a step
-    changes neither weights nor moments, and is told of at the next line of the log, or save.
-
-    What is looked at comes in the order in which a step computes: the first that is not finite is
-    nearest to the cause.
-    """
-
-    def __init__(self, model):
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.trained = trained[::-1]
-        self.places = [f"the router of layers.{i}" for i in range(len(model.layers))]
-        self.places += ["the loss", *(f"the gradient of {name}" for name, _ in self.trained)]
-        self.values = torch.zeros(len(self.places), device=trained[0][1].device)
-        self.step = self.in_a_row = self.values[0]
-        self.told = ""
-
-    def look(self, losses, step):
-        """-> 1 if this step is to change nothing, else 0."""
-        norms = []
-        for _, p in self.trained:
-            norm = losses.cross_entropy * 0 if p.grad is None else processes.held(p.grad)[0].norm()
-            norms.append(norm)
-        norms = processes.total(torch.stack(norms))
-        values = torch.cat((losses.balance, losses.cross_entropy[None], norms))
-        bad = ~values.isfinite().all()
-        begins = bad & (self.in_a_row == 0)
-        self.values = torch.where(begins, values, self.values)
-        self.step = torch.where(begins, step, self.step)
-        self.in_a_row = (self.in_a_row + 1) * bad
-        return bad.float()
-
-    def read(self, args, log, is_last):
-        """Tell the log of steps that were not finite. Is the last one? ValueError if it ends many
-        in a row, or the run."""
-        in_a_row = int(self.in_a_row)
-        bad = (~self.values.isfinite()).nonzero()
-        if len(bad) == 0:
-            return True
-        what = f"{self.places[bad[0]]} was not finite in step {int(self.step)}"
-        if in_a_row >= IN_A_ROW or (in_a_row and is_last):
-            raise ValueError(
-                f"{what}, nor was any step since; lower --lr (it is {args.lr}): "
-                f"{what_is_where(Path(args.out))}"
-            )
-        if what != self.told:
-            log.write(f"warning: {what}, which changed nothing", event="not_finite", what=what)
-            self.told = what
-        return in_a_row == 0
-
-
-IN_A_ROW = 10  # steps that are not finite: one may be chance, so many are not
-
-
-# The run -----------------------------------------------------------------------------------------
-
-
-def train(args):
-    begun = time.perf_counter()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    config, tokenizer = eval.load_config(args.base)
-    data = dataset.load_data(args, tokenizer, config.max_position_embeddings)
-    edit, notes, scored = plan(args, config, tokenizer, data)
-    model = build(args, config, edit)
-    optimizer = make_optimizer(model, args)
-    settings = settings_of(args, config, data)
-    args = Namespace(**settings)
-    content = settings | facts_of(model, data)
-    out = Path(args.out)
-    if args.resume:
-        restore(out, content, model, optimizer)
-
-    warnings = [f"warning: {note}" for note in [*notes, *advice(args)]]
-    print(configuration_text(settings), *data.notes, *warnings, perft.report(model), sep="\n")
-
-    measured = partial(measure, args, model, tokenizer, data)
-    first = int(optimizer.done)
-    if args.resume:
-        text = f"goes on after step {first}, with --lr {args.lr}"
-        event, record = "resumed", {"step": first, "lr": args.lr}
-    else:
-        event = "before"
-        text, record = measured(event)
-    log = open_folder(out, content, first)
-    log.write(text, event=event, **record)
-    if scored and processes.RANK == 0:
-        esft.save_scores(model, out, *scored)
-    batches = dataset.batches(args, data, tokenizer, first)
-    with run.last_words(lambda: what_is_where(out)), run.noting() as noted:
-        run_steps(args, model, optimizer, batches, log, noted, data, measured)
-        check_finite(model)
-        saved = save(args, model, out)
-    is_saved = f"training is done, {saved} is saved; accuracies: eval.py --adapter {out}"
-    with run.last_words(lambda: is_saved):
-        if noted:
-            raise run.Stopped("", 128 + noted[0])
-        processes.meet()  # the first process has written it
-        text, record = measured("after")
-        log.write(text, event="after", **record)
-        finish(args, log, saved, begun)
-
-
-def open_folder(out, settings, done):
-    """From here on a run that is replaced is lost. metrics.jsonl comes first: it makes a folder a
-    run's, whatever happens next. done: the steps of a run that goes on."""
-    if processes.RANK > 0:
-        return run.Log(None, None)
-    # once more: somebody may have put a run there meanwhile
-    run.check_run_folder(out, done, settings["overwrite"], eval.RUN_FILES)
-    if not done:
-        for name in eval.RUN_FILES:
-            (out / name).unlink(missing_ok=True)
-    log = run.Log(out / "metrics.jsonl", done or None)
-    run.write_json(out / "config.json", settings, indent=2)
-    return log
-
-
-def finish(args, log, saved, begun):
-    """Close the run. The state goes last: a run that is cut off before goes on from it and comes
-    here again."""
-    peak, size = peak_memory(args.device), saved.stat().st_size
-    seconds = time.perf_counter() - begun
-    text = f"took {seconds:,.0f} s and at most {peak / 1e9:.2f} GB of memory"
-    log.write(text, event="memory", seconds=seconds, peak=peak)
-    log.write(f"saved {saved} ({size:,} bytes)", event="saved", file=str(saved), bytes=size)
-    log.sync()
-    if processes.RANK == 0:
-        out = Path(args.out)
-        pictures.draw(out)
-        (out / "state.safetensors").unlink(missing_ok=True)
-
-
-def settings_of(args, config, data):
-    """Every value in force: the flags, and what follows from the base and the rows."""
-    settings = vars(args) | {
-        "steps": data.steps,
-        "max_length": data.max_length,
-        "template": data.template,
-    }
-    if args.balance is None:
-        settings["balance"] = config.router_aux_loss_coef
-    if args.variant == "perft_r" and args.adapter_balance is None:
-        settings["adapter_balance"] = config.router_aux_loss_coef
-    if args.compile is None:
-        settings["compile"] = args.device.startswith("cuda")
-    # paths that hold from everywhere
-    if args.base:
-        settings["base"] = os.path.abspath(args.base)
-    if args.data and args.data not in dataset.NAMED:
-        settings["data"] = os.path.abspath(args.data)
-    return settings
-
-
-def facts_of(model, data):
-    """What else config.json says of a run."""
-    whole = perft.summed("all", perft.what_trains(model))
-    return {
-        "data_sha256": data.sha256,
-        "world": processes.WORLD,
-        "torch": torch.__version__,
-        "base_config": model.config.to_dict(),
-        "chosen": getattr(getattr(model, "adapter_config", None), "experts", None),
-        "trains": whole.parameters,
-        "activated": whole.activated,  # of those, by one token
-    }
-
-
-def configuration_text(settings):
-    words = ["configuration:"]
-    for name, value in settings.items():
-        if value is not None and value is not False:
-            words.append(f"{name}={value}")
-    return textwrap.fill(" ".join(words), 100, subsequent_indent="    ", break_on_hyphens=False)
-
-
-def advice(args):
-    """What a user should know of settings that are likely not meant."""
-    found = BY_VARIANT[args.variant]["lr"]
-    notes = []
-    if args.warmup >= args.steps:
-        notes.append("--warmup is not shorter than the run, whose rate never comes down")
-    if args.lr > 100 * found:
-        notes.append(
-            f"--lr {args.lr} is far above what {args.variant} was found to bear, {found}: "
-            "training will likely diverge"
-        )
-    recipes = [name for name, variants in RECIPES.items() if args.variant in variants]
-    if args.base and not args.recipe and args.lr == found and recipes:
-        notes.append(
-            f"--lr {args.lr} was found on the embedded model; a real base wants less; --data "
-            f"with --recipe {' or '.join(recipes)} has the papers' settings"
-        )
-    if args.base and not args.data and not eval.is_embedded(args.base):
-        notes.append("--task is of the embedded world, which this base does not know; give --data")
-    return notes
-
-
-def restore(out, settings, model, optimizer):
-    """Go on from the saved state of a run, with the flags that it was begun with: its rate alone
-    may change, and what changes no numbers."""
-    free = "lr resume overwrite out log_every save_every threads torch world device".split()
-    fixed = {name: value for name, value in settings.items() if name not in free}
-    changed = run.changes(run.read_json(out / "config.json"), fixed)
-    if changed:
-        raise ValueError(f"--resume continues {out} as it was begun; changed: {changed}")
-    state = out / "state.safetensors"
-    hub.Tensors(state).fill(state_places(model, optimizer))
-    done = optimizer.done.item()
-    counts = [moments["step"].item() for moments in optimizer.state.values()]
-    if done not in range(1, settings["steps"]) or not all(0 <= n <= done for n in counts):
-        raise ValueError(
-            f"{state}: holds numbers of steps that no run has done; begin again with --overwrite"
-        )
-
-
-def save(args, model, out):
-    """Write what was trained -> the file of its weights."""
-    if args.variant in ESFT:
-        esft.save(model, out)
-        return out / esft.WEIGHTS
-    if args.variant != "scratch":
-        perft.save_adapter(model, out)
-        return out / perft.WEIGHTS
-    model.save_pretrained(out / "model", torch.bfloat16)
-    for p in model.parameters():
-        p.data.copy_(p.data.bfloat16())  # what is reported is what is in the file
-    if processes.RANK == 0:
-        for file in Path(args.base or EMBEDDED).glob("tokenizer*.json"):
-            shutil.copy(file, out / "model")
-    return out / "model" / "model.safetensors"
-
-
-def run_steps(args, model, optimizer, batches, log, noted, data, measured):
-    """The training loop, from the steps that are done on. noted: signals that ask it to stop."""
-    first, steps = int(optimizer.done), args.steps
-    model.checkpoint_activations = args.checkpoint_activations
-    if args.compile:
-        compile_blocks(model)
-    model.train()
-    guard, inert_checked = Guard(model), False
-    choices = 0  # (L, E), since `first`
-    begun = since = time.perf_counter()
-    seen = 0  # tokens, since then
-    print("  step cross-entropy  balance        lr grad norm  tokens/s    memory   load")
-    off = processes.RANK > 0 or None  # None: shown on a terminal
-    for step in tqdm(range(first, steps), initial=first, total=steps, disable=off, leave=False):
-        batch = next(batches)
-        losses, grad_norm = take_step(args, model, optimizer, guard, batch, step)
-        choices += losses.counts
-        seen += int(batch.mask.sum())
-        done = step + 1
-        optimizer.done.fill_(done)
-
-        stop_now = processes.total(torch.tensor(len(noted))) > 0 and done < steps
-        save_now = (stop_now or done % args.save_every == 0) and done < steps
-        log_now = done % args.log_every == 0 or done == steps
-        finite = True
-        if log_now or save_now:  # the device is asked now, and in no step between
-            finite = guard.read(args, log, done == steps)
-        if log_now and finite:
-            now = time.perf_counter()
-            left = (now - begun) / (done - first) * (steps - done)
-            log_step(args, log, model, batch, step, losses, grad_norm, seen / (now - since), left)
-            seen, since = 0, now
-            # not after one step: where B starts at 0, A has no gradient in it
-            if not inert_checked and next(iter(optimizer.state.values()))["step"] >= 2:
-                inert_checked = check_inert(model, optimizer, choices)
-        paused = time.perf_counter()
-        for event, *what in due(args, data, done):
-            text, record = measured(*what)
-            log.write(text, event=event, step=done, **record)
-            model.train()
-        since += time.perf_counter() - paused
-        if save_now and finite:
-            save_state(args, model, optimizer, log)
-        if stop_now:
-            said = f"step {done} of {steps} is saved in {args.out}, go on with --resume"
-            number = noted[0] if noted else signal.SIGTERM  # another process's
-            raise run.Stopped(said if finite else "", 128 + number)
-    model.eval()
-
-
-def check_finite(model):
-    """ValueError if training made a number that is none. Of several processes all find out."""
-    for name, p in model.named_parameters():
-        if p.requires_grad and not processes.whole(p.detach()).isfinite().all():
-            raise ValueError(f"{name} is not finite after training; lower --lr")
-
-
-def save_state(args, model, optimizer, log):
-    check_finite(model)
-    log.sync()  # what belongs to the state is there before it
-    hub.write_tensors(Path(args.out) / "state.safetensors", state_places(model, optimizer))
-
-
-def due(args, data, done):
-    """What is measured after a step: (event, when, split) of each."""
-    if args.epochs and data.held_out and done < args.steps and done % data.steps_per_epoch == 0:
-        yield "epoch", f"after epoch {done // data.steps_per_epoch}", "test"
-    if args.eval_every and done % args.eval_every == 0:
-        yield "eval", f"at step {done}, validation rows", "validation"
-
-
-def compile_blocks(model):
-    """Each block by itself: equal blocks share their graphs."""
-    torch._dynamo.config.recompile_limit = 64  # ESFT: a graph for each number of experts
-    for block in model.layers:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
-
-
-def take_step(args, model, optimizer, guard, batch, step):
-    """-> its losses, and the norm of its gradients."""
-    # dropout: the step's own
-    torch.manual_seed((args.seed * 1_000_003 + step + processes.RANK * 7_919) % 2**63)
-    rate = learning_rate(step, args.steps, args)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    losses = forward_backward(model, batch, args)
-    optimizer.found_inf = guard.look(losses, step + 1)  # where it is 1, AdamW changes nothing
-    trained = [p for p in model.parameters() if p.requires_grad]
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return losses, processes.whole(grad_norm)
-
-
-def log_step(args, log, model, batch, step, losses, grad_norm, speed, left):
-    """speed: tokens a second. left: seconds."""
-    seconds = int(batch.mask.sum()) / speed
-    peak_share = share_of_peak(model, batch, losses.counts, args.device, seconds)
-    load = shares(losses.counts)
-    record = {
-        "step": step + 1,
-        "cross_entropy": losses.cross_entropy.item(),
-        "balance": losses.balance.mean().item(),
-        "lr": learning_rate(step, args.steps, args),
-        "grad_norm": grad_norm.item(),
-        "tokens_per_second": speed,
-        "peak_share": peak_share,
-        "memory": peak_memory(args.device),
-        "largest_load": load.max().item(),
-    }
-    line = (
-        "{step:6} {cross_entropy:13.4f} {balance:8.3f} {lr:9.2e} {grad_norm:9.3f} "
-        "{tokens_per_second:9,.0f} {gb:6.2f} GB {largest_load:6.3f}"
-    )
-    text = line.format(**record, gb=record["memory"] / 1e9)
-    if peak_share is not None:
-        text += f"   {100 * peak_share:.1f} % of the peak"
-    if args.variant == "perft_r":
-        record["adapter_balance"] = losses.adapter_balance.mean().item()
-        record["adapter_load"] = shares(losses.adapter_counts).tolist()
-        text += f"   adapters: balance {record['adapter_balance']:.3f}"
-    if left and not sys.stderr.isatty():  # where there is no bar that says it
-        text += f"   {tqdm.format_interval(left)} left"
-    log.write(text, event="step", **record, expert_load=load.tolist())
-
-
-MANY = 1000  # choices, among which are some that a label depends on
-
-
-def check_inert(model, optimizer, choices):
-    """Attached, listed, stepped, and inert is the commonest silent failure: ValueError if a tensor
-    that trains never had a gradient, of which AdamW's first moment would know.
-
-    Excused: an adapter router that was warned about; and a layer whose chosen experts were not
-    reached MANY times yet, since not every token has a label that depends on it. -> are there no
-    such layers, so that all were looked at?
-    choices (L, E): how often tokens chose each expert.
-    """
-    config = getattr(model, "adapter_config", None)
-    excused = []
-    for i, ids in enumerate(getattr(config, "experts", None) or []):
-        if choices[i][ids].sum() < MANY:
-            excused.append(f"layers.{i}.")
-    saw_all = not excused
-    if isinstance(config, PerftConfig) and perft.warnings_for(config, model.config):
-        excused.append("adapters.router")
-    for name, p in model.named_parameters():
-        if p.requires_grad and not processes.whole(optimizer.state[p]["exp_avg"]).any():
-            if not any(part in name for part in excused):
-                raise ValueError(
-                    f"{name} trains and never had a gradient: attached but inert; is its output "
-                    "detached, or does no token reach it?"
-                )
-    return saw_all
-
-
-NOTHING = "nothing was written, the same command begins again"
+# The command -------------------------------------------------------------------------------------
 
 
 @run.command
 def main(argv=None):
     args = parse_args(argv)
-    out = Path(args.out)
     if processes.RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process speaks for all)
-    try:
-        with run.locked(out), run.last_words(lambda: NOTHING):
-            run.check_run_folder(out, args.resume, args.overwrite, eval.RUN_FILES)
-            args.device = processes.start(args.device)
-            train(args)
-    except (RuntimeError, MemoryError) as error:
-        if processes.is_alone(error):
-            cause = "another process is gone"
-        elif isinstance(error, MemoryError) or "memory" in str(error):
-            cause = "out of memory; lower --micro_batch or --batch_size"
-        else:
-            raise
-        raise ValueError(f"{cause}: {what_is_where(out)}") from None
-    processes.stop()
-
-
-def what_is_where(out):
-    """Of a run that ends before its time: what there is of it, and how to go on."""
-    if (out / "state.safetensors").exists():
-        return f"an earlier step is saved in {out}, go on with --resume"
-    if (out / "metrics.jsonl").exists():
-        return "nothing was saved, begin again with --overwrite"
-    return NOTHING
+    out = Path(args.out)
+    does = "goes on" if args.resume else "begins again"
+    nothing = f"nothing was written, the same command {does}"
+    with run.locked(out), last_words(lambda: nothing):
+        run.check_run_folder(out, args.resume, args.overwrite, RUN_FILES)
+        args.device = processes.start(args.device)
+        train(args)
+    with last_words(lambda: what_is_where(args)):
+        processes.stop()
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Example(NamedTuple):
 
     @property
     def trains(self) -> bool:
-        """Is there a label behind the first token, which nothing foretells?"""
+        """Is there a label behind the first token, which nothing predicts?"""
         return True in self.labelled[1:]
 
 
@@ -71,24 +71,29 @@ def encode(turns, tokenizer, train_on_inputs=False, max_length=None) -> Example:
     return joined(parts, tokenizer, train_on_inputs, max_length)
 
 
-def encode_turn(prompt, answer, tokenizer, end) -> Example:
-    """Both together, and an end token; labelled from the answer's first token on.
+def encode_turn(prompt, answer, tokenizer, end):
+    """Example of both together, and an end token; labelled from the answer's first token on.
 
-    Together, as they will be read, and a token that holds any byte of the answer is the answer's:
-    sentencepiece would put a space before an answer alone, and a token may reach across the border.
+    Together, as they will be read: sentencepiece would put a space before an answer alone, and a
+    token may reach across the border. Such a token is the answer's. Where "un" is answered by
+    "believable", 10 bytes, and the ids stand for
+
+        unbel  iev  able
+
+    we count the answer's bytes from the end: behind "able" 6 are left, behind "iev" 3, and "unbel"
+    holds those: it is the first label.
     """
     ids = tokenizer.encode(prompt + answer)
-    whole = size(tokenizer.normalise(prompt + answer))
-    left = whole - size(tokenizer.normalise(prompt))
-    first = len(ids)  # found backwards, over the bytes of the answer
+    left = size(tokenizer.normalise(prompt + answer)) - size(tokenizer.normalise(prompt))
+    first = len(ids)
     while left > 0:
         first -= 1
         left -= len(tokenizer.pieces[ids[first]])
-    ids = [*ids, end]
-    return Example(ids, [False] * first + [True] * (len(ids) - first))
+    ids.append(end)
+    return Example(ids, [i >= first for i in range(len(ids))])
 
 
-def encode_chatml(messages, tokenizer, train_on_inputs=False, max_length=None) -> Example:
+def encode_chatml(messages, tokenizer, train_on_inputs=False, max_length=None):
     """Messages up to the assistant's last -> Example: <|im_start|>, the role, a newline, the
     content, <|im_end|>, and a newline between two. Labels: the assistant's contents and the
     <|im_end|> behind each. A text that spells such a token stays text.
@@ -96,21 +101,20 @@ def encode_chatml(messages, tokenizer, train_on_inputs=False, max_length=None) -
     Qwen3's own template also thinks, in an empty <think></think> if need be: left out.
     """
     start, end = tokenizer.chat_ids
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     before = [start]
     parts = []
-    messages = list(messages)
-    while messages[-1]["role"] != "assistant":
-        messages.pop()
-    for message in messages:
+    for message in messages[: last + 1]:
         role = message["role"]
         ids, labelled = encode_turn(f"{role}\n", message["content"], tokenizer, end)
-        labelled = [is_label and role == "assistant" for is_label in labelled]
-        parts.append(Example([*before, *ids], [False] * len(before) + labelled))
+        if role != "assistant":
+            labelled = [False] * len(ids)
+        parts.append(Example(before + ids, [False] * len(before) + labelled))
         before = [*tokenizer.encode("\n"), start]
     return joined(parts, tokenizer, train_on_inputs, max_length)
 
 
-def joined(parts, tokenizer, train_on_inputs, max_length) -> Example:
+def joined(parts, tokenizer, train_on_inputs, max_length):
     """The parts of a row, one behind the other."""
     ids = encode_prompt("", tokenizer)
     labelled = [False] * len(ids)
@@ -164,6 +168,10 @@ class Dataset(list):
         for ids, labelled in examples:
             self.append(Example(np.asarray(ids, np.int32), np.asarray(labelled, bool)))
 
+    def trainable(self, places):
+        """The examples there, without those that have no label."""
+        return Dataset(self[i] for i in places if self[i].trains)
+
     def lengths(self) -> list[int]:
         return [len(example.ids) for example in self]
 
@@ -194,42 +202,40 @@ def read_rows(path: Path) -> tuple[str, list[dict]]:
         records = [run.parse_json(line, f"{path}:{i}") for i, line in lines if line.strip()]
     if not records:
         raise ValueError(f"{path}: holds no records; {REMEDY}")
+
     has_messages = isinstance(records[0], dict) and "messages" in records[0]
     kind = "messages" if has_messages else "alpaca"
+    misfit = misfit_of_messages if has_messages else misfit_of_alpaca
     for i, record in enumerate(records):
-        wrong = misfit(record, kind)
-        if wrong:
-            what, value = wrong
-            number = f"record {i + 1}: " if is_list else ""  # all may stand on line 1
-            found = f"{number}{what} {run.shown(value)}, expected {EXPECTED[kind]}"
-            raise ValueError(f"{path}:{line_of(text, i)}: {found}")
+        found = misfit(record) if isinstance(record, dict) else ("found", record)
+        if found:
+            what, value = found
+            place = f"{path}:{line_of(text, i)}"
+            if is_list:
+                place += f": record {i + 1}"  # all may stand on line 1
+            raise ValueError(f"{place}: {what} {run.shown(value)}, expected {EXPECTED[kind]}")
     return kind, records
 
 
-def misfit(record, kind):
+def misfit_of_alpaca(record):
     """What of a record is not as expected, and its value; None if all is."""
-    if not isinstance(record, dict):
-        return "found", record
-    if kind == "messages":
-        return misfit_of_messages(record.get("messages"))
     if not {"instruction", "output"} <= record.keys():
         return "found", sorted(record)
     for key in ("instruction", "input", "output"):
         if not isinstance(record.get(key, ""), str):
             return f"{key} is", record[key]
-    return None
 
 
-def misfit_of_messages(messages):
+def misfit_of_messages(record):
+    messages = record.get("messages")
     if not isinstance(messages, list):
         return "messages is", messages
     for message in messages:
         fits = isinstance(message, dict) and isinstance(message.get("content"), str)
         if not fits or message.get("role") not in ROLES:
             return "a message is", message
-    if all(message["role"] != "assistant" for message in messages):
+    if "assistant" not in [message["role"] for message in messages]:
         return "the assistant says nothing in", messages
-    return None
 
 
 def line_of(text, i):
@@ -322,63 +328,67 @@ def load_data(args, tokenizer, positions: int) -> Data:
     return Data(train, steps=args.steps, steps_per_epoch=steps_per_epoch)
 
 
-def load_file(args, tokenizer, positions: int) -> Data:
+def load_file(args, tokenizer, positions):
     path = NAMED.get(args.data, Path(args.data))
     kind, rows = read_rows(path)
-    if kind == "messages" and args.template:
-        raise ValueError(f"{path}: holds messages, which have one form; drop --template")
-    template = "chat" if kind == "messages" else args.template or "papers"
+    template = args.template or "papers"
+    if kind == "messages":
+        if args.template:
+            raise ValueError(f"{path}: holds messages, which have one form; drop --template")
+        template = "chat"
     max_length = min(args.max_length, positions)
+    whole = encode_file(rows, template, tokenizer, args.train_on_inputs, max_length)
 
-    bar = tqdm(rows, desc="tokenising", unit=" rows", disable=None, leave=False)
-    options = template, tokenizer, args.train_on_inputs, max_length
-    whole = Dataset(encode_row(row, *options) for row in bar)
     kept, out = split(len(rows), args.held_out, SPLIT_SEED)
-    train = Dataset(whole[i] for i in kept if whole[i].trains)
-    held_out = Dataset(whole[i] for i in out if whole[i].trains)
-    dropped = len(whole) - len(train) - len(held_out)
+    train, held_out = whole.trainable(kept), whole.trainable(out)
     if not train:
         raise ValueError(
             f"{path}: of {len(rows)} rows none is left to train on: {args.held_out} are held out, "
-            f"{dropped} have no label within --max_length {max_length}; lower --held_out or raise "
-            "--max_length"
+            f"{len(rows) - len(held_out)} have no label within --max_length {max_length}; lower "
+            "--held_out or raise --max_length"
         )
     cuts = epoch_batches(train.lengths(), args.batch_size, f"{args.seed} 0")
-    notes = [
-        f"data: {path}, {len(rows):,} {kind} rows: {len(train):,} train, "
-        f"{len(held_out):,} are held out (drawn by seed {SPLIT_SEED})",
-        *describe(train, cuts, tokenizer),
-    ]
-    cut = sum(example.ids[-1] not in ends(tokenizer) for example in whole)
-    if cut:
-        notes.append(
-            f"      {cut:,} rows lost their end to --max_length {max_length}; {dropped:,} of them "
-            "had no label left and were dropped"
-        )
-    return Data(
+    data = Data(
         train,
         held_out or None,
         steps=args.steps or args.epochs * len(cuts),
         steps_per_epoch=len(cuts),
         template=template,
         max_length=max_length,
-        notes=notes,
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
     )
+    title = f"{path}, {len(rows):,} {kind} rows"
+    return data._replace(notes=describe(title, data, whole, cuts, tokenizer))
 
 
-def describe(train, cuts, tokenizer):
-    """What the rows amount to, for the screen."""
+def encode_file(rows, *options):
+    """options: as encode_row has."""
+    bar = tqdm(rows, desc="tokenising", unit=" rows", disable=None, leave=False)
+    return Dataset(encode_row(row, *options) for row in bar)
+
+
+def describe(title, data, whole, cuts, tokenizer):
+    """What the rows amount to, for the screen. whole: with those that are cut or left out."""
+    train, held_out = data.train, data.held_out or []
     lengths = train.lengths()
     tokens = sum(lengths)
     labels = sum(example.labelled.sum() for example in train)
     notes = [
+        f"data: {title}: {len(train):,} train, {len(held_out):,} are held out (drawn by seed "
+        f"{SPLIT_SEED})",
         f"      {tokens:,} tokens, {labels / tokens:.1%} of them labels; batches hold "
         f"{padding_share(lengths, cuts):.1%} padding; {len(cuts):,} steps are an epoch",
         f"      how a row ends, labels in «»: {rendered(train[0], tokenizer)[-200:]!r}",
     ]
     if all(example.ids[example.labelled][0] in ends(tokenizer) for example in train):
         notes.append("warning: every answer is empty: all there is to learn is to end")
+    cut = sum(example.ids[-1] not in ends(tokenizer) for example in whole)
+    if cut:
+        dropped = len(whole) - len(train) - len(held_out)
+        notes.append(
+            f"      {cut:,} rows lost their end to --max_length {data.max_length}; {dropped:,} of "
+            "them had no label left and were dropped"
+        )
     return notes
 
 
@@ -394,10 +404,11 @@ def batches(args, data: Data, tokenizer, start: int) -> Iterator[Batch]:
         if data.train is None:
             rows = skills.mixture(data.steps_per_epoch * args.batch_size, seed)
             examples = encode_rows(rows, tokenizer, args.train_on_inputs)
-            cuts = epoch_batches([0] * len(rows), args.batch_size, seed)
+            lengths = [0] * len(examples)
         else:
             examples = data.train
-            cuts = epoch_batches(examples.lengths(), args.batch_size, seed)
+            lengths = examples.lengths()
+        cuts = epoch_batches(lengths, args.batch_size, seed)
         used = max(start - epoch * data.steps_per_epoch, 0)  # by the run that is continued
         for cut in cuts[used:]:
             yield pad_batch([examples[i] for i in cut], tokenizer.pad_id, "cpu")

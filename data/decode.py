@@ -127,24 +127,28 @@ class Beam(NamedTuple):
     ids: list[int]
     score: float  # the sum of its tokens' log-probabilities
     mean: float  # the same, divided by their number
-    row: int  # where in the decoder's batch its last token was foretold
+    row: int  # where in the decoder's batch its last token was predicted
 
 
 def grow(running, logits, length, keep):
-    """The `keep` best of each prompt that are a running beam and one token more, best first.
+    """Continue each beam by every token -> of each prompt the `keep` best, best first.
 
     running: for each of B prompts its beams, equally many. logits: of their next tokens (B*W, V).
+    length: of what comes out.
     """
     B, W, V = len(running), len(running[0]), logits.shape[-1]
-    so_far = torch.tensor([[beam.score] for beam in sum(running, [])], device=logits.device)
-    scores = so_far + logits.log_softmax(-1)  # (B*W, 1) + (B*W, V)
-    scores, places = scores.view(B, W * V).topk(min(keep, W * V))
-    places, means, scores = places.tolist(), (scores / length).tolist(), scores.tolist()
-    grown = [[] for _ in running]
+    before = logits.new_tensor([beam.score for beam in sum(running, [])])  # (B*W,)
+    scores = before[:, None] + logits.log_softmax(-1)
+    # of a prompt's W * V candidates, beam w continued by a token stands at w * V + token
+    best, places = scores.view(B, W * V).topk(min(keep, W * V))
+    scores, means, places = best.tolist(), (best / length).tolist(), places.tolist()
+    grown = []
     for b, beams in enumerate(running):
-        for place, score, mean in zip(places[b], scores[b], means[b]):
+        candidates = []
+        for score, mean, place in zip(scores[b], means[b], places[b]):
             w, token = divmod(place, V)
-            grown[b].append(Beam([*beams[w].ids, token], score, mean, row=b * W + w))
+            candidates.append(Beam([*beams[w].ids, token], score, mean, row=b * W + w))
+        grown.append(candidates)
     return grown
 
 
@@ -160,23 +164,29 @@ def beam_search(model, prompts, max_new_tokens, num_beams):
     eos_ids = model.config.eos_ids
     W = num_beams
     keep = max(2, 1 + len(eos_ids)) * W  # so W go on even if every beam's best tokens are ends
-    start = Beam([], 0.0, 0.0, 0)  # of each prompt one empty beam, which will branch
-    running = [[start] for _ in prompts]
+    running = [[Beam([], 0.0, 0.0, 0)] for _ in prompts]  # one each, empty, which will branch
     finished = [[] for _ in prompts]  # at most W of each, best first
     hopeful = [True] * len(prompts)  # may a running beam still win?
 
+    def has_ended(beam):
+        return beam.ids[-1] in eos_ids
+
     for length in range(1, max_new_tokens + 1):
-        is_last = length == max_new_tokens
         grown = grow(running, decoder.next_logits(), length, keep)
         for b, candidates in enumerate(grown):
-            running[b] = [beam for beam in candidates if beam.ids[-1] not in eos_ids][:W]
-            if hopeful[b]:
-                ended = [beam for beam in candidates[:W] if is_last or beam.ids[-1] in eos_ids]
-                finished[b] = sorted(finished[b] + ended, key=lambda beam: -beam.mean)[:W]
-                is_full = len(finished[b]) == W
-                hopeful[b] = not is_full or running[b][0].mean > finished[b][-1].mean
+            running[b] = [beam for beam in candidates if not has_ended(beam)][:W]
+            if not hopeful[b]:
+                continue  # its rows are run on, as part of the batch
+
+            ended = candidates[:W]
+            if length < max_new_tokens:
+                ended = filter(has_ended, ended)
+            finished[b] = sorted([*finished[b], *ended], key=lambda beam: -beam.mean)[:W]
+            if len(finished[b]) == W:
+                hopeful[b] = running[b][0].mean > finished[b][-1].mean
         if not any(hopeful):
             break
+
         beams = sum(running, [])
         decoder.select(decoder.ids.new_tensor([beam.row for beam in beams]))
         decoder.ids = decoder.ids.new_tensor([beam.ids[-1:] for beam in beams])

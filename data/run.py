@@ -13,21 +13,66 @@ and while a process is at work a file lock.HOST.PID.
 This file imports no torch: tokenizers, skills and downloads stand on it, and do without.
 """
 
-import argparse
-import functools
-import json
-import math
+# ruff: noqa: E402 (Ctrl-C comes before the imports)
+
 import os
-import platform
-import re
 import signal
 import sys
+
+# Ctrl-C, before anything else --------------------------------------------------------------------
+
+
+def is_shared() -> bool:
+    """Did torchrun start this process, with others? It is believed alone: other launchers set some
+    of this too, for processes that do not work together."""
+    return {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def is_silent() -> bool:
+    """Of several processes the first speaks."""
+    return is_shared() and os.environ["RANK"] != "0"
+
+
+def end_now(number, frame):
+    """While Python imports (torch takes seconds, and an exception there may be swallowed), and when
+    a stop itself is too slow for somebody."""
+    if not is_silent():
+        os.write(2, b"stopped\n")
+    os._exit(128 + number)
+
+
+def answer(handler):
+    """From now on Ctrl-C and SIGTERM call handler(number, frame) -> what they called before."""
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) == signal.SIG_IGN:  # as in the background of a shell
+            continue
+        try:
+            before[number] = signal.signal(number, handler)
+        except ValueError:  # in a thread that is not the main one
+            pass
+    return before
+
+
+# The scripts import this file first. Whoever imports it as a library keeps his own answers.
+here = os.path.dirname(os.path.realpath(__file__))
+script = os.path.realpath(sys.argv[0])
+if script.endswith(".py") and os.path.dirname(script) in (here, os.path.dirname(here)):
+    answer(end_now)
+
+import argparse
+import difflib
+import functools
+import io
+import json
+import math
+import platform
+import re
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
+from typing import NamedTuple
 
 # Reading -----------------------------------------------------------------------------------------
 
@@ -150,18 +195,19 @@ class Parser(argparse.ArgumentParser):
         page = functools.partial(argparse.HelpFormatter, max_help_position=26, width=100)
         super().__init__(formatter_class=page, allow_abbrev=False, **options)
 
-    def flags(self) -> list[str]:
-        return [text for action in self._actions for text in action.option_strings]
+    def suggest(self, word: str) -> str:
+        """What a word that was not understood may have meant, "" if nothing is near."""
+        meant = {}
+        for action in self._actions:
+            flag = action.option_strings[0]
+            meant |= {name: f"{flag} {name}" for name in action.choices or ()}
+            meant |= {text.strip("-"): text for text in action.option_strings}
+        near = difflib.get_close_matches(word.strip("-"), meant, cutoff=0.6)
+        return f"; did you mean {meant[near[0]]}?" if near else ""
 
     def error(self, message):
         line = f"{self.prog}: error: {printable(message, 1000)}; see --help\n"
         self.exit(2, None if is_silent() else line)
-
-
-def is_silent() -> bool:
-    """Of several processes the first speaks."""
-    torchruns = {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys()
-    return torchruns and os.environ["RANK"] != "0"
 
 
 def refuse(message: str):
@@ -194,6 +240,82 @@ count = number(int, 1)
 threads = number(int, 1, most=1024)  # of more, some systems die without a word
 positive = number(float, 0, above=True)
 from_zero = number(float, 0)
+natural = number(int, 0, most=2**63 - 1)
+fraction = number(float, 0, above=True, most=1)
+
+
+# A table of flags --------------------------------------------------------------------------------
+
+# A switch, as argparse calls it; the second has a --no-... too.
+ON, ON_OFF = SWITCH = "store_true", argparse.BooleanOptionalAction
+
+
+class Flag(NamedTuple):
+    """A row of a command's table of flags."""
+
+    # A kind of number (count, positive, ...); or "DIR", a text, shown so in --help; or ("a", "b"),
+    # one of these names, of a list ["a", "b"] several; or ON, ON_OFF, a switch.
+    takes: object
+    default: object  # unless `decide` of read_flags has another
+    about: str
+    of: tuple[str, ...] | None = None  # the kinds of command that have it; None: all
+    only_with: str | None = None  # a flag, without which this one says nothing
+    not_with: str | None = None  # a flag, beside which it says nothing
+
+
+def group(title: str, **flags: Flag):
+    return title, flags
+
+
+def read_flags(table: list, argv: list[str] | None, decide: Callable, **page):
+    """A command line -> the value of each flag in a table of groups.
+
+    It is read twice: first every flag there is, to see which command this is. Of that one
+    decide(given) says {name: default} where it is not the table's, and {name: why} for the flags
+    that the command does not have: these are None. page: argparse's usage and description.
+    """
+    every = [name for _, flags in table for name in flags]
+    first = make_parser(table, dict.fromkeys(every, argparse.SUPPRESS), (), add_help=False)
+    given = vars(first.parse_known_args(argv)[0])
+    defaults, absent = decide(given)
+    parser = make_parser(table, defaults, absent, **page)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0].split("=")[0]
+        why = absent.get(word.removeprefix("--"))
+        parser.error(f"{word} {why or 'was not understood' + parser.suggest(word)}")
+    return args
+
+
+def make_parser(table, defaults, absent, **page):
+    """A parser of all flags but those that are absent."""
+    parser = Parser(**page)
+    parser.set_defaults(**dict.fromkeys(absent))
+    for title, flags in table:
+        add = parser.add_argument_group(title).add_argument
+        for name, flag in flags.items():
+            if name not in absent:
+                add(f"--{name}", **for_argparse(flag, defaults.get(name, flag.default)))
+    return parser
+
+
+def for_argparse(flag, default):
+    """The options of add_argument."""
+    about = flag.about
+    if default is not None and default is not False:
+        about += f" ({default})"
+    if flag.takes in SWITCH:
+        options = {"action": flag.takes}
+    elif callable(flag.takes):
+        options = {"type": flag.takes, "metavar": "N"}
+    elif isinstance(flag.takes, str):
+        options = {"metavar": flag.takes}
+    else:
+        options = {"choices": flag.takes, "metavar": "NAME"}
+        about += f": {', '.join(flag.takes)}"
+    if isinstance(flag.takes, list):
+        options["nargs"] = "+"
+    return options | {"default": default, "help": about}
 
 
 # The boundary ------------------------------------------------------------------------------------
@@ -207,27 +329,9 @@ class Stopped(KeyboardInterrupt):
         self.code = code  # 128 + the signal's number
 
 
-def end_now(number, frame):
-    """While Python imports (torch takes seconds, and an exception there may be swallowed), and when
-    a stop itself is too slow for somebody."""
-    if not is_silent():
-        os.write(2, b"stopped\n")
-    os._exit(128 + number)
-
-
 def raise_stopped(number, frame):
     signal.signal(number, end_now)
     raise Stopped("", 128 + number)
-
-
-def answer(handler):
-    """From now on Ctrl-C and SIGTERM call handler(number, frame) -> what they called before."""
-    before = {}
-    with suppress(ValueError):  # of a thread that is not the main one
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as in the background of a shell
-                before[number] = signal.signal(number, handler)
-    return before
 
 
 @contextmanager
@@ -276,14 +380,21 @@ def command(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def guarded(*arguments):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal does not have
         try:
             with answering(raise_stopped):
-                return main(*arguments)
+                result = main(*arguments)
+                if sys.stdout:
+                    sys.stdout.flush()  # what was said must be out, too
+                return result
         except (ValueError, OSError) as error:
             line = f"error: {one_line(error)}"
+            forget_output()
             tell_torchrun(line)
             sys.exit(line)
         except KeyboardInterrupt as stop:
+            forget_output()
             line = f"stopped: {stop}" if str(stop) else "stopped"
             tell_torchrun(line)
             if not is_silent():
@@ -291,6 +402,17 @@ def command(main: Callable) -> Callable:
             sys.exit(getattr(stop, "code", 130))
 
     return guarded
+
+
+def forget_output():
+    """What standard output does not take (a full disk, `| head -1`) goes nowhere. Else Python would
+    try again at its end, and complain."""
+    if not sys.stdout:  # it was closed
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def tell_torchrun(line):
@@ -303,16 +425,12 @@ def tell_torchrun(line):
 def one_line(error: Exception) -> str:
     """An error's message: whatever a library put into it, on one line of bounded length."""
     text = str(error)
-    if isinstance(error, OSError) and error.filename:  # else it would begin with "[Errno 28]"
-        text = f"{error.filename}: {error.strerror}; is there room, and may it be written?"
+    if isinstance(error, OSError) and error.errno:  # else it would begin with "[Errno 28]"
+        if error.filename:
+            text = f"{error.filename}: {error.strerror}; is there room, and may it be written?"
+        else:  # whoever writes a file says which
+            text = f"standard output: {error.strerror}; is its disk full, or its reader gone?"
     return printable(" ".join(text.split()), 1000)
-
-
-# The scripts import this file first, so that Ctrl-C is one line while they import torch. Whoever
-# imports it as a library keeps his own answers.
-script = Path(sys.argv[0]).resolve()
-if script.suffix == ".py" and script.parent in (ROOT, ROOT / "data"):
-    answer(end_now)
 
 
 # A run's folder ----------------------------------------------------------------------------------
@@ -342,16 +460,16 @@ def locked(folder: Path):
         raise ValueError(f"--out {folder} is not a folder; choose another")
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    here = platform.node()
-    mine = folder / f"lock.{here}.{os.getpid()}"
+    host = platform.node()
+    mine = folder / f"lock.{host}.{os.getpid()}"
     mine.write_text("")
     try:
         for other in set(folder.glob("lock.*.*")) - {mine}:
-            host, _, pid = other.name.removeprefix("lock.").rpartition(".")
-            if host != here or is_alive(pid):
+            theirs, _, pid = other.name.removeprefix("lock.").rpartition(".")
+            if theirs != host or is_alive(pid):
                 refuse(
-                    f"{folder}: process {pid} on {host} is at work in it; wait, or choose another "
-                    f"--out (if there is no such process, remove {other.name})"
+                    f"{folder}: process {pid} on {theirs} is at work in it; wait, or choose "
+                    f"another --out (if there is no such process, remove {other.name})"
                 )
             other.unlink(missing_ok=True)
         for file in [*folder.glob("*.*.*.tmp"), *folder.glob("model/*.*.*.tmp")]:
@@ -399,6 +517,16 @@ def changes(then: dict, now: dict) -> str:
     return "; ".join(changed)
 
 
+@contextmanager
+def naming(path):
+    """A full disk does not say which file it could not take."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 class Log:
     """metrics.jsonl: one JSON object a line; and a text on the screen, above the progress bar.
 
@@ -419,15 +547,15 @@ class Log:
         tqdm.write(text)
         if not self.file:
             return
-        try:
+        with naming(self.file.name):
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
-        except OSError as error:
-            raise OSError(f"{self.file.name}: {error.strerror}; is the disk full?") from None
 
     def sync(self):
         """All that was written is on the disk, whatever happens to the machine."""
-        if self.file:
+        if not self.file:
+            return
+        with naming(self.file.name):
             os.fsync(self.file.fileno())
 
 

@@ -17,7 +17,7 @@ of them. What a caller must know:
 
 Ctrl-C goes to torchrun, which passes it on: all finish the same step, save it, and --resume goes on
 from it. torchrun waits 30 seconds for that. When a process is killed the others say so in a line,
-which torchrun's report, the last thing on the screen, quotes.
+which torchrun's report, the last thing on the screen, quotes, unless it stopped them before.
 
 Frozen bfloat16 weights and float32 adapters may stand in one block (they travel as bytes); what
 trains has one dtype.
@@ -30,11 +30,10 @@ import sys
 
 import torch
 
-# Set by torchrun, and believed from it alone: other launchers set them too, for processes that do
-# not work together.
-SHARED = {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys()
-RANK = int(os.environ["RANK"]) if SHARED else 0
-WORLD = int(os.environ["WORLD_SIZE"]) if SHARED else 1
+from data import run
+
+RANK = int(os.environ["RANK"]) if run.is_shared() else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if run.is_shared() else 1
 
 
 def start(device: str) -> str:

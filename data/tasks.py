@@ -133,6 +133,7 @@ class Task:
     words: Sequence[str] = ()  # what it can answer; none: a number
     rule: str = "number"
     other_rule: str | None = None  # reported beside the papers' rule
+    remark: str = ""  # behind its name, in a table of results
     cloze_form: str = "Question: {}\nAnswer:"
 
     @property
@@ -224,7 +225,7 @@ MATH = [
     Task("MultiArith", 600),
     Task("gsm8k", 1319),
     Task("AddSub", 395),
-    Task("AQuA", 254, "A B C D E".split(), "letter", other_rule="stated"),
+    Task("AQuA", 254, "A B C D E".split(), "letter", "stated", " (first capital A-E)"),
     Task("SingleEq", 508),
     Task("SVAMP", 1000),
 ]

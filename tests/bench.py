@@ -696,7 +696,7 @@ def olmoe_layer_rows(rounds: int) -> list[dict]:
     frozen = Base("cpu", config, torch.bfloat16).ours().layers[0].moe.requires_grad_(False)
     chosen, rows = copy.deepcopy(frozen), []
     # as a model does: what is read is what trains
-    chosen.register_forward_pre_hook(lambda module, inputs: module.experts.refresh())
+    chosen.register_forward_pre_hook(lambda module, inputs: module.experts.fill_bank())
     for N in (512, 2048):
         x, grad = (torch.randn(1, N, 2048, dtype=torch.bfloat16) for _ in "xg")
         load = expert_load(frozen(x)[1])
@@ -744,7 +744,6 @@ def bench_eval(args) -> Table:
         rows.append(about | {"answer": "answer1"})
     task = TASKS["ARC-Easy"]
     protocol = SimpleNamespace(template="papers", choices="words")
-    answerer = eval.Answerer(model, tokenizer, protocol)
     prompts = [encode_prompt(task.render_eval(row), tokenizer) for row in rows]
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), tokenizer.pad_id)
@@ -768,7 +767,7 @@ def bench_eval(args) -> Table:
     for beams in (4, 1):
         runs[beams, "ours"] = partial(ours, beams)
         runs[beams, "theirs"] = partial(reference, beams)
-    runs["likelihood"] = partial(answerer.likelihood, task, rows)
+    runs["likelihood"] = partial(eval.likelihood, model, tokenizer, protocol, task, rows)
     speed = {name: len(rows) / seconds for name, seconds in medians(runs, args.rounds).items()}
     beams, greedy = "generate, 4 beams", "generate, greedy"
     cases = {  # ours, what of transformers it is compared with

@@ -619,7 +619,7 @@ def test_a_dataset_holds_its_examples_in_order():
 
 
 def test_a_row_trains_if_it_has_a_label_behind_its_first_token():
-    """Nothing foretells the first token, so a label there teaches nothing."""
+    """Nothing predicts the first token, so a label there teaches nothing."""
     edges = [Example([1], [True]), Example([1, 2], [True, False]), Example([1, 2], [False, True])]
     examples = some_examples(500) + edges
     expected = [any(e.labelled[1:]) for e in examples]

@@ -7,6 +7,7 @@ while that is not there.
 """
 
 import json
+import os
 import random
 import re
 import shutil
@@ -19,7 +20,6 @@ import torch
 from test_train import failure, make_base, metrics, one_thread  # noqa: F401 (used by being here)
 
 import eval
-import perft
 import train
 from data import pictures, skills
 from data.dataset import encode_rows
@@ -333,8 +333,10 @@ def test_every_mistake_is_one_line_with_cause_and_place(adapter, learnt, tmp_pat
         (2, ["--prompt", "x", "--num_beams", "99999999"], ["out of range", "at most 1000"]),
         (2, ["--prompt", "x", "--max_new_tokens", "2000000000"], ["out of range", "at most"]),
         (2, ["--dtype", "int8"], ["int8", "float32"]),
-        (2, ["--no_such_flag"], ["--no_such_flag", "unrecognized"]),
-        (2, ["out/perft_s"], ["out/perft_s", "unrecognized"]),
+        (2, ["--no_such_flag"], ["--no_such_flag was not understood"]),
+        (2, ["out/perft_s"], ["out/perft_s was not understood"]),
+        (2, ["--adaptor", "out/perft_s"], ["--adaptor", "did you mean --adapter?"]),
+        (2, ["commonsense"], ["did you mean --tasks commonsense?"]),
         (2, ["--routing", "x.svg"], ["--routing applies to --prompt and --chat only"]),
         (2, ["--prompt", "x", "--chat", "x"], ["--prompt", "--chat"]),
     ]
@@ -387,6 +389,9 @@ HOSTILE = [
     ("task", "no_skill"),
     ("template", {"a": 1}),
     ("eval_rows", "many"),
+    ("eval_rows", -3),
+    ("eval_rows", 0),
+    ("eval_rows", 10**12),
 ]
 
 
@@ -429,11 +434,11 @@ def test_the_embedded_model_runs_on_one_thread_unless_told_otherwise(learnt, mon
 
 
 def test_an_adapter_whose_numbers_are_none_is_refused(adapter, tmp_path):
-    model, _ = load_base(json.loads((adapter / "config.json").read_text())["base"])
-    load_trained(model, adapter)
-    model.layers[0].moe.adapters.A.data[0, 0, 0] = float("nan")
+    safetensors = pytest.importorskip("safetensors.torch")
     folder = shutil.copytree(adapter, tmp_path / "run")
-    perft.save_adapter(model, folder)
+    tensors = safetensors.load_file(folder / "adapter_model.safetensors")
+    tensors["layers.0.moe.adapters.A"][0, 0, 0] = float("nan")
+    safetensors.save_file(tensors, folder / "adapter_model.safetensors")
     code, message = failure("--adapter", folder, main=eval.main)
     assert code == 1 and "not finite" in message and "layers.0" in message
 
@@ -472,6 +477,32 @@ def test_a_chat_is_put_into_the_form_of_the_rows_that_were_trained_on(learnt, tm
         eval.main([*flags, "--chat", text, "--max_new_tokens", "7"])
         assert capsys.readouterr().out == tokenizer.decode(ids + new) + "\n"
     assert len({prompt for _, prompt in cases.values()}) == 3
+
+
+def test_a_chat_with_a_run_that_saw_none_is_told_so(learnt, adapter, capsys):
+    """A --task run was trained on prompts as they stand. A base's past is not known."""
+    notes = []
+    for flags in (["--adapter", str(adapter)], ["--base", str(learnt)]):
+        capsys.readouterr()
+        eval.main([*flags, "--chat", "sort : b a", "--max_new_tokens", "1"])
+        notes.append("note:" in capsys.readouterr().out)
+    eval.main(["--adapter", str(adapter), "--prompt", "sort : b a", "--max_new_tokens", "1"])
+    assert "note:" not in capsys.readouterr().out and notes == [True, False]
+
+
+@pytest.mark.parametrize("prompt", ["sort : \u6771 b a ->", "sort : \udcff b a ->"])
+def test_what_a_terminal_cannot_show_is_replaced_and_the_rest_is_there(learnt, prompt):
+    """A Latin-1 terminal, as a process of its own; half a surrogate pair is what an argument that
+    is no UTF-8 becomes."""
+    command = [sys.executable, "eval.py", "--base", str(learnt), "--max_new_tokens", "2"]
+    result = subprocess.run(
+        [*command, "--prompt", prompt],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert re.match(rb"sort : \?+ b a ->", result.stdout)
 
 
 def test_help_is_one_page_that_shows_every_flag_and_its_default(capsys):
@@ -616,6 +647,31 @@ def test_the_picture_shows_the_experts_with_the_largest_router_logit_of_each_lay
         assert ids == [routing.router_logits.argmax(-1).tolist() for routing in routings]
         assert len({tuple(row) for row in ids}) == 2, "two layers, which route differently"
         seen.clear()
+
+
+@pytest.mark.parametrize("kind", ["script", "other picture", "folder", "dangling link"])
+def test_a_picture_is_written_over_no_other_file(learnt, tmp_path, monkeypatch, kind):
+    """Told before the weights are read. A picture of ours may be replaced."""
+    file = tmp_path / "routing.svg"
+    flags = ["--base", learnt, "--prompt", "sort : b a", "--routing", file]
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "dangling link":
+        file.symlink_to(tmp_path / "elsewhere")
+    else:
+        contents = {"script": "import eval\n", "other picture": "<svg ><circle/></svg>"}
+        file.write_text(contents[kind])
+        before = file.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(eval, "load_model", never)
+        code, message = failure(*flags, main=eval.main)
+    assert code == 1 and message.startswith(f"error: --routing {file}") and "\n" not in message
+    if file.is_file():
+        assert file.read_text() == before
+        file.unlink()
+        for _ in range(2):
+            eval.main([str(flag) for flag in flags])
+        assert file.read_text().startswith("<svg ")
 
 
 def test_a_picture_that_cannot_be_written_is_one_line(learnt, tmp_path, monkeypatch):

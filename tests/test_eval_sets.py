@@ -198,7 +198,7 @@ def test_a_prompt_that_is_too_long_is_cut_for_its_own_choice_as_the_harness_does
         instruction = f"{text}\n\nAnswer format: {offered}"
         rows.append({"instruction": instruction, "input": "", "output": "", "answer": "solution1"})
     how = SimpleNamespace(choices="texts")
-    answerer, task = eval.Answerer(model, tokenizer, how), TASKS["piqa"]
+    task = TASKS["piqa"]
     expected, cut = [], []
     for row in rows:
         lengths = []
@@ -210,8 +210,8 @@ def test_a_prompt_that_is_too_long_is_cut_for_its_own_choice_as_the_harness_does
             logits = model(torch.tensor([ids[:-1]])).logits[0, -n:].double().log_softmax(-1)
             expected.append(logits.gather(-1, torch.tensor(after)[:, None]).sum().item())
         cut.append(max(lengths) > 65)
-    together = answerer.likelihood(task, rows)
-    alone = [answerer.likelihood(task, [row])[0] for row in rows]
+    together = eval.likelihood(model, tokenizer, how, task, rows)
+    alone = [eval.likelihood(model, tokenizer, how, task, [row])[0] for row in rows]
     for records in (together, alone):
         scores = [score for record in records for score in record["scores"]]
         assert scores == pytest.approx(expected, abs=2e-4)
@@ -393,6 +393,7 @@ def test_the_papers_settings_are_the_defaults(ask):
         "generate",
     )
     assert ask("--tasks", "boolq", "piqa", *given, out="given")[2] == records
+    assert results["adapter"] is None, "of a base"
     assert (
         results["num_beams"] == 4
         and results["template"] == "papers"
@@ -423,15 +424,15 @@ KEPT = "stopped: answers so far are kept: the same command, without --overwrite,
 
 def counting(monkeypatch, stop_at=None, method="generate"):
     """Record the rows that are answered; Ctrl-C at the batch `stop_at` (from 0)."""
-    batches, real = [], getattr(eval.Answerer, method)
+    batches, real = [], getattr(eval, method)
 
-    def answer(self, task, rows):
+    def answer(model, tokenizer, how, task, rows):
         if len(batches) == stop_at:
             raise KeyboardInterrupt
         batches.append(len(rows))
-        return real(self, task, rows)
+        return real(model, tokenizer, how, task, rows)
 
-    monkeypatch.setattr(eval.Answerer, method, answer)
+    monkeypatch.setattr(eval, method, answer)
     return batches
 
 
@@ -516,6 +517,40 @@ def test_a_folder_with_such_files_and_no_predictions_is_refused_and_stays(
         code, message = failure(*flags, "--eval_rows", 1, *more, main=eval.main)
         assert code == 1 and str(out / mine) in message and "choose another --out" in message
     assert [path.name for path in out.iterdir()] == [mine] and (out / mine).read_text() == "mine"
+
+
+STRANGERS = {
+    "results": {"results.json": '{"tasks": {}}', "predictions.jsonl": ""},
+    "settings": {"settings.json": '{"method": 1, "base": 2}', "predictions.jsonl": ""},
+    "all": {"results.json": "[1]", "settings.json": "{}", "predictions.jsonl": ""},
+    "predictions": {"predictions.jsonl": '{"id": 1, "text": "mine"}'},
+    "lines of predictions": {"predictions.jsonl": '{"id": 1, "text": "mine"}\n'},
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_files_that_settings_do_not_prove_ours_stay(base, test_dir, tmp_path, name):
+    """Such names are nobody's own. Beside a predictions.jsonl that is empty, or whose one line has
+    no newline, there are no predictions that could be told from ours."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for file, content in STRANGERS[name].items():
+        (out / file).write_text(content)
+    flags = ["--base", base, "--test_dir", test_dir, "--out", out, "--tasks", "boolq"]
+    for more in ([], ["--overwrite"]):
+        code, message = failure(*flags, "--eval_rows", 1, *more, main=eval.main)
+        assert code == 1 and f"{out}/" in message and "choose another --out" in message
+        assert "\n" not in message
+    assert {path.name: path.read_text() for path in out.iterdir()} == STRANGERS[name]
+
+
+def test_a_folder_that_was_stopped_before_its_first_answer_is_taken_up(ask, tmp_path):
+    """Nothing is lost with an empty predictions.jsonl, and with half a line beside our settings."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "predictions.jsonl").touch()
+    _, _, records = ask("--tasks", "boolq", "--eval_rows", 1)
+    (tmp_path / "out" / "predictions.jsonl").write_text('{"task": "bo')
+    assert ask("--tasks", "boolq", "--eval_rows", 1)[2] == records
 
 
 @pytest.mark.parametrize("name", eval.EVAL_FILES)
@@ -746,20 +781,33 @@ OUT_OF_MEMORY = {
 }
 
 
+def test_more_texts_than_main_memory_holds_are_refused_and_not_killed(
+    base, test_dir, tmp_path, monkeypatch
+):
+    """Linux gives more than there is: of the embedded base 1000 beams of 2000 tokens are 16 GB."""
+    monkeypatch.setattr(eval.run, "free_memory", lambda: 5e6)
+    sets = about_boolq(base, test_dir, tmp_path / "out")
+    answer = ["--base", base, "--prompt", "the dog", "--max_new_tokens", 50]
+    for command in (sets, answer):
+        code, message = failure(*command, "--num_beams", 200, main=eval.main)
+        assert code == 1 and "\n" not in message
+        assert "GB of memory are needed; try" in message and "lower --num_beams" in message
+
+
 @pytest.mark.parametrize("where", OUT_OF_MEMORY)
 def test_out_of_memory_is_one_line_that_names_batch_size_and_keeps_the_answers(
     ask, base, test_dir, tmp_path, monkeypatch, where
 ):
     """The second batch takes too much. A smaller one goes on behind the first."""
-    real, calls = eval.Answerer.generate, []
+    real, calls = eval.generate, []
 
-    def answer(self, task, rows):
+    def answer(model, tokenizer, how, task, rows):
         calls.append(len(rows))
         if calls == [3, 3]:
             raise OUT_OF_MEMORY[where]
-        return real(self, task, rows)
+        return real(model, tokenizer, how, task, rows)
 
-    monkeypatch.setattr(eval.Answerer, "generate", answer)
+    monkeypatch.setattr(eval, "generate", answer)
     command = about_boolq(base, test_dir, tmp_path / "out")
     code, message = failure(*command, "--batch_size", 3, main=eval.main)
     assert code == 1 and "out of memory" in message and "--batch_size" in message
@@ -772,10 +820,10 @@ def test_a_defect_of_ours_while_answering_keeps_its_traceback(
 ):
     """It is no lack of memory, and must not be called one."""
 
-    def answer(self, task, rows):
+    def answer(*given):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(eval.Answerer, "generate", answer)
+    monkeypatch.setattr(eval, "generate", answer)
     command = about_boolq(base, test_dir, tmp_path / "out")
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         eval.main([*map(str, command)])
@@ -815,7 +863,7 @@ def answered(monkeypatch, right, method="generate"):
     """Let the rows of each task be right as told: {task: [bool, ...]}, and AQuA's stated letter
     always right."""
 
-    def answer(self, task, rows):
+    def answer(model, tokenizer, how, task, rows):
         records = []
         for row in rows:
             n = int(re.search(r"(?:the|fox|is it) (\d+)", row["instruction"])[1])
@@ -826,7 +874,7 @@ def answered(monkeypatch, right, method="generate"):
                 records[-1]["correct_stated"] = True
         return records
 
-    monkeypatch.setattr(eval.Answerer, method, answer)
+    monkeypatch.setattr(eval, method, answer)
 
 
 def test_the_mean_is_unweighted_and_standard_errors_are_those_of_a_sample(

@@ -4,6 +4,7 @@ certain, which is printed before a run."""
 import weakref
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from esft import apply_esft
 from model import Config, MoETransformer, summed_cross_entropy
 from moe import load_balancing_loss
 from perft import MIXTRAL_8X7B, OLMOE_1B_7B, apply_perft
-from train import certain_memory, make_optimizer, parse_args, state_places
+from train import check_memory, make_optimizer, parse_args, state_places
 
 TINY = Config(
     vocab_size=97,
@@ -292,8 +293,6 @@ CASES += [(v, torch.bfloat16) for v, _ in CASES if v != "full"]
 def test_what_is_certain_is_what_there_is_after_a_step(variant, dtype, checkpointed, monkeypatch):
     """Weights, gradients and AdamW's moments to the byte, said from shapes alone: with as many
     bytes free the run may start, with one less it is refused."""
-    with torch.device("meta"):
-        abstract = attach(MoETransformer(TINY).to(dtype), variant)
     model = attach(make_model(dtype=dtype), variant).train()
     model.checkpoint_activations = checkpointed
     ids = torch.randint(0, 97, (4, 50))
@@ -309,28 +308,29 @@ def test_what_is_certain_is_what_there_is_after_a_step(variant, dtype, checkpoin
     there += sum(p.grad.nbytes for p in trained) + sum(t.nbytes for t in moments)
     assert len(moments) == 2 * len(trained)
 
+    args = SimpleNamespace(dtype=str(dtype).removeprefix("torch."), device="cpu")
+    edit = partial(attach, variant=variant)
     monkeypatch.setattr(run, "free_memory", lambda: there)
-    certain_memory(abstract, "cpu")
+    check_memory(args, TINY, edit)
     monkeypatch.setattr(run, "free_memory", lambda: there - 1)
     with pytest.raises(ValueError, match="at least 0.0 GB are needed, 0.0 GB are free; try"):
-        certain_memory(abstract, "cpu")
+        check_memory(args, TINY, edit)
 
 
-def test_the_published_models_take_the_size_of_their_files_and_what_trains(monkeypatch):
+def test_the_published_models_take_the_size_of_their_files_and_what_trains(monkeypatch, capsys):
     """OLMoE with PERFT-S, all of OLMoE, and Mixtral, of which eight devices hold an eighth each;
     the numbers by hand: 13.84 and 93.41 GB of bfloat16 weights, 4 bytes a float32 one."""
     monkeypatch.setattr(run, "free_memory", lambda: float("inf"))
-    with torch.device("meta"):
-        adapted = apply_perft(
-            MoETransformer(make_config(OLMOE_1B_7B, Config)).bfloat16(), "perft_s"
-        )
-        full = apply_perft(MoETransformer(make_config(OLMOE_1B_7B, Config)), "full")
-        large = MoETransformer(make_config(MIXTRAL_8X7B, Config)).bfloat16().requires_grad_(False)
-    said = partial(
-        "memory in GB a device: weights {}, trains {}, gradients {}, AdamW {}; activations come on "
-        "top".format
-    )
-    assert certain_memory(adapted, "cpu") == said("13.84", "0.00", "0.00", "0.01")
-    assert certain_memory(full, "cpu") == said("0.00", "27.68", "27.68", "55.35")
+    olmoe, mixtral = make_config(OLMOE_1B_7B, Config), make_config(MIXTRAL_8X7B, Config)
+    half, full = (SimpleNamespace(dtype=name, device="cpu") for name in ("bfloat16", "float32"))
+    check_memory(half, olmoe, partial(apply_perft, variant="perft_s"))
+    check_memory(full, olmoe, partial(apply_perft, variant="full"))
     monkeypatch.setattr(processes, "WORLD", 8)
-    assert certain_memory(large, "cpu") == said("11.68", "0.00", "0.00", "0.00")
+    check_memory(half, mixtral, lambda model: model.requires_grad_(False))
+    line = "memory in GB a device: weights {}, trains {}, gradients {}, AdamW {}; activations come "
+    line += "on top"
+    assert capsys.readouterr().out.splitlines() == [
+        line.format("13.84", "0.00", "0.00", "0.01"),
+        line.format("0.00", "27.68", "27.68", "55.35"),
+        line.format("11.68", "0.00", "0.00", "0.00"),
+    ]

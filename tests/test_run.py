@@ -2,9 +2,11 @@
 command line, its boundary for mistakes and interruptions, and the folder of a run."""
 
 import argparse
+import errno
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -308,8 +310,51 @@ def test_flags_are_not_abbreviated(capsys):
     assert "--ran" in refused(make_parser(), ["--ran", "2"], capsys)
 
 
-def test_a_parser_knows_its_flags():
-    assert {"--rank", "--lr", "--warmup", "--p", "--seed", "--help"} <= set(make_parser().flags())
+def test_a_parser_guesses_what_a_word_meant_among_its_flags_and_their_names():
+    parser = make_parser()
+    parser.add_argument("--task", choices=("sort", "kinship_new"))
+    guesses = {
+        "--rnak": "--rank",
+        "warmup": "--warmup",
+        "--kinship": "--task kinship_new",
+        "sort": "--task sort",
+        "--hepl": "--help",
+    }
+    for word, meant in guesses.items():
+        assert parser.suggest(word) == f"; did you mean {meant}?"
+    assert parser.suggest("--xyz") == ""
+
+
+def test_a_table_of_flags_is_read_as_the_command_that_the_flags_make_it(capsys):
+    """By hand, of three: what is given, what `decide` says, what the table says, None."""
+    table = [
+        run.group(
+            "all",
+            tasks=run.Flag(["sort", "add"], None, "what to learn"),
+            rank=run.Flag(run.count, 16, "r"),
+            fast=run.Flag(run.ON, False, "or slow"),
+        )
+    ]
+
+    def decide(given):
+        return {"rank": 4 + len(given)}, {"fast": "is for others"} if "tasks" in given else {}
+
+    def read(line):
+        return vars(run.read_flags(table, line.split(), decide, description="A test."))
+
+    assert read("") == {"tasks": None, "rank": 4, "fast": False}
+    assert read("--fast --rank 2") == {"tasks": None, "rank": 2, "fast": True}
+    assert read("--tasks add sort") == {"tasks": ["add", "sort"], "rank": 5, "fast": None}
+    for line, said in {
+        "--tasks add --fast": "--fast is for others;",
+        "--tasks juggle": "invalid choice: 'juggle'",
+        "--fats": "--fats was not understood; did you mean --fast?;",
+        "--fast --unknown=3": "--unknown was not understood;",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            read(line)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and said in error and error.count("\n") == 1
 
 
 def test_of_several_processes_the_first_complains(monkeypatch, capsys):
@@ -526,8 +571,9 @@ def test_what_changed_is_named_with_both_sides():
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
     log = run.Log(tmp_path / "metrics.jsonl", None)
     log.file = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
-    with pytest.raises(OSError, match="^/dev/full: No space left on device; is the disk full"):
+    with pytest.raises(OSError) as told:
         log.write("text", event="step")
+    assert run.one_line(told.value).startswith("/dev/full: No space left on device; is there room")
 
 
 def test_a_log_is_json_lines_and_a_text_on_the_screen(tmp_path, capsys):
@@ -591,3 +637,20 @@ def test_a_command_runs_in_another_thread_too():
     thread.start()
     thread.join()
     assert done == [1]
+
+
+def test_a_command_whose_standard_output_is_closed_does_its_work_all_the_same(tmp_path):
+    folder = tmp_path / "world"
+    folder.mkdir()
+    command = [sys.executable, str(ROOT / "data" / "skills.py"), str(folder)]
+    for argv, code in ((command, 0), ([*command[:2], str(tmp_path / "no" / "folder")], 1)):
+        done = subprocess.run(f"{shlex.join(argv)} >&-", shell=True, capture_output=True, text=True)
+        assert done.returncode == code and "Traceback" not in done.stderr
+        assert done.stderr.count("\n") == code
+    assert (folder / "tokenizer.json").exists()
+
+
+def test_what_a_full_disk_does_not_take_is_named(tmp_path):
+    with pytest.raises(OSError) as caught, run.naming(tmp_path / "predictions.jsonl"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert run.one_line(caught.value).startswith(f"{tmp_path / 'predictions.jsonl'}: No space left")

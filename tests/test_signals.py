@@ -151,6 +151,24 @@ def test_a_stop_while_torch_is_imported_is_one_line(script, number, code):
     assert process.returncode == code
 
 
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_stop_is_one_line_from_the_first_imports_on(number, code):
+    """Sent when data/run.py asks for argparse, as the first file that a script imports."""
+    program = (
+        "import os, runpy, signal, sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *others):\n"
+        f"        if name == 'argparse': os.kill(os.getpid(), {int(number)})\n"
+        "sys.modules.pop('argparse', None)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "sys.argv = ['train.py']\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    process = start("-c", program)
+    assert process.communicate(timeout=300) == ("", "stopped\n")
+    assert process.returncode == code
+
+
 def test_who_imports_the_modules_keeps_his_own_answers_to_signals():
     code = (
         "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -214,6 +232,17 @@ def test_a_stop_when_training_is_done_says_where_the_weights_are(
     said = f"stopped: training is done, {file} is saved; accuracies: eval.py --adapter {out}"
     assert ended(argv(), capsys) == (143, said)
     assert file.exists() and not events(out, "after")
+
+
+def test_a_stop_when_a_new_base_is_done_says_how_to_measure_it(argv, out, monkeypatch, capsys):
+    """It is a model folder, and no adapter."""
+    flags = argv(variant="scratch")
+    i = flags.index("--train_rows")  # it takes none
+    del flags[i : i + 2]
+    at_step(monkeypatch, 6, send(signal.SIGTERM))
+    model = out / "model"
+    said = f"stopped: training is done, {model / 'model.safetensors'} is saved; accuracies: "
+    assert ended(flags, capsys) == (143, f"{said}eval.py --base {model}")
 
 
 def test_a_stop_before_the_first_step_leaves_the_folder_as_it_was(argv, out, monkeypatch, capsys):
@@ -293,6 +322,49 @@ def test_the_log_is_on_the_disk_before_the_state_that_goes_with_it(argv, monkeyp
     train.main(argv("--save_every", 2))
     places = [i for i, name in enumerate(order) if name == "state"]
     assert len(places) == 2 and all(order[i - 1] == "metrics.jsonl" for i in places)
+
+
+# Standard output ---------------------------------------------------------------------------------
+
+
+def ends_without_output(way, *words):
+    """Exit code and stderr of a command whose standard output takes nothing."""
+    env = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
+    heard = {"cwd": ROOT, "env": env, "stderr": subprocess.PIPE, "text": True}
+    if way == "full disk":
+        if not Path("/dev/full").exists():
+            pytest.skip("the system has no /dev/full")
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, *words], stdout=full, **heard)
+        return done.returncode, done.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, *words], stdout=writer, **heard)
+    os.close(writer)
+    return done.returncode, done.stderr
+
+
+WAYS = {"full disk": "No space left on device", "no reader": "Broken pipe"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_output_that_takes_no_more_is_one_line(way, argv):
+    """`| head -1`, and a full disk behind >; with a buffer that is written at the end, or none."""
+    end = ends_without_output(way, "train.py", *argv())
+    said = f"error: standard output: {WAYS[way]}; is its disk full, or its reader gone?\n"
+    assert end == (1, said)
+    for words in (["model.py"], ["-u", "model.py"]):
+        assert ends_without_output(way, *words) == end
+
+
+def test_a_stop_is_told_also_where_the_output_is_gone():
+    """Ctrl-C reaches both ends of a pipe."""
+    program = (
+        "from data import run\n"
+        "def main():\n    print('step 3')\n    raise run.Stopped('step 3 is saved')\n"
+        "run.command(main)()\n"
+    )
+    assert ends_without_output("no reader", "-c", program) == (130, "stopped: step 3 is saved\n")
 
 
 # Two runs in one folder --------------------------------------------------------------------------

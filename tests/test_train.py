@@ -24,7 +24,7 @@ import perft
 import train
 from data import dataset, skills
 from data.dataset import encode_rows, pad_batch
-from data.hub import SafetensorsFile
+from data.hub import Place, SafetensorsFile, write_tensors
 from data.tokenizer import load_tokenizer
 from esft import apply_esft
 from eval import load_base
@@ -443,7 +443,7 @@ def test_three_steps_equal_three_steps_written_out_by_hand(run, base, case):
     args = arguments(base, *SHORT, *flags, variant=variant)
     config, tokenizer = eval.load_config(args.base)
     data = dataset.load_data(args, tokenizer, config.max_position_embeddings)
-    edit, _, _ = train.plan(args, config, tokenizer, data)
+    edit, _, _ = train.prepare(args, config, tokenizer, data)
     model = train.build(args, config, edit)
     lengths = {}
     for row in skills.sample(args.task, "train", 20, 5):
@@ -690,21 +690,26 @@ def failure(*flags, main=train.main):
 
 @pytest.mark.parametrize("log_every", [1, 3])
 @pytest.mark.parametrize("variant", ["perft_s", "perft_r", "perft_e"])
-@pytest.mark.parametrize("breakage", ["one layer is detached", "every layer is multiplied by 0"])
+@pytest.mark.parametrize(
+    "breakage",
+    ["the first layer is detached", "the second is detached", "every layer is multiplied by 0"],
+)
 def test_adapters_that_are_attached_but_inert_stop_the_run_at_a_line_of_the_log(
     run, monkeypatch, tmp_path, variant, breakage, log_every
 ):
-    """Two real faults, built into the adapter: its output no longer leads back to it. The error
-    names the first tensor, at the first line of the log from the second step on."""
+    """Real faults, built into the adapter: its output no longer leads back to it. The error names
+    the first tensor, at the first line of the log from the second step on."""
+    detached = {"the first layer is detached": 0, "the second is detached": 1}.get(breakage)
     name = "beside_experts" if variant == "perft_e" else "forward"
     real, calls = getattr(perft.Adapters, name), []
 
     def forward(self, *args):
         y = real(self, *args)
-        calls.append(self)
-        if breakage == "every layer is multiplied by 0":
+        if self not in calls:
+            calls.append(self)
+        if detached is None:
             return y * 0
-        return y if self is calls[0] else y.detach()  # the first layer's works
+        return y.detach() if calls.index(self) == detached else y
 
     monkeypatch.setattr(perft.Adapters, name, forward)
     flags = ["--log_every", log_every]
@@ -713,8 +718,8 @@ def test_adapters_that_are_attached_but_inert_stop_the_run_at_a_line_of_the_log(
     with pytest.raises(SystemExit) as stopped:
         run(variant, *flags)
     message = stopped.value.code
-    layer = 0 if "every" in breakage else 1
-    assert message.startswith(f"error: layers.{layer}.moe.adapters.A trains and never had a grad")
+    said = f"error: layers.{detached or 0}.moe.adapters.A trains and never had a gradient"
+    assert message.startswith(said)
     assert "inert" in message and message.count("\n") == 0
     folder = tmp_path / "run"
     assert [line["step"] for line in metrics(folder, "step")] == ([1, 2] if log_every == 1 else [3])
@@ -953,6 +958,21 @@ def test_more_weights_than_the_base_has_is_refused(base, tmp_path):
     assert code == 1 and "top_k is 3" in message and "2 weights" in message
 
 
+def test_a_choice_that_cannot_be_is_refused_before_the_base_is_read(
+    base, tmp_path, monkeypatch, capsys
+):
+    """Groups of 3 of 8 experts, and a file that names expert 8 of 0 to 7."""
+    monkeypatch.setattr(eval, "load_model", lambda *words: pytest.fail("the base was read"))
+    flags = ("--variant", "esft_token", "--base", base, "--out", tmp_path / "run", *SHORT)
+    said = "error: --bind_groups 3 does not divide the 8 experts of the base"
+    assert failure(*flags, "--bind_groups", 3) == (1, said)
+    wrong = tmp_path / "experts.json"
+    wrong.write_text(json.dumps({"experts": {str(i): [8] for i in range(L)}}))
+    code, message = failure(*flags, "--experts", wrong)
+    assert code == 1 and message.startswith(f"error: {wrong}")
+    assert capsys.readouterr().out == "" and not (tmp_path / "run").exists()
+
+
 def test_a_run_folder_that_holds_a_run_is_not_touched_unless_told_so(run, base, capsys):
     folder = run("perft_s")
     before = contents(folder)
@@ -974,7 +994,7 @@ def test_a_run_folder_that_holds_a_run_is_not_touched_unless_told_so(run, base, 
 
 
 def test_a_run_is_resumed_with_the_flags_it_was_begun_with(run, monkeypatch):
-    """Each change is named with both values; --log_every, --save_every and --threads may differ."""
+    """Each change is named with both values; what changes no number may differ."""
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupted(patch, 7, ctrl_c)
         run("perft_s", *LONG)
@@ -995,7 +1015,8 @@ def test_a_run_is_resumed_with_the_flags_it_was_begun_with(run, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         run("perft_d", *LONG, "--resume")
     assert "perft_s" in stopped.value.code and "perft_d" in stopped.value.code
-    run("perft_s", *LONG, "--log_every", 3, "--save_every", 100, "--threads", 1, "--resume")
+    free = ("--log_every", 3, "--save_every", 100, "--threads", 1, "--checkpoint_activations")
+    run("perft_s", *LONG, *free, "--resume")
 
 
 def test_a_run_that_is_resumed_without_a_rate_keeps_its_own(run, monkeypatch):
@@ -1019,6 +1040,33 @@ def test_a_damaged_state_is_told_in_one_line(run, monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         run("perft_s", *LONG, "--resume")
     assert str(state) in stopped.value.code and "cut off" in stopped.value.code
+
+
+STEPS_OF_NO_RUN = {  # what a state of 6 of 9 steps claims
+    "more than the run has": {"done": 9},
+    "more than were done": {"step.layers.0.moe.adapters.A": 7},
+    "fewer of one tensor": {"step.layers.0.moe.adapters.A": 5},
+    "half a step": {"step.layers.0.moe.adapters.A": 5.5, "step.layers.0.moe.adapters.B": 5.5},
+    "none": {f"step.layers.{i}.moe.adapters.{half}": 0 for i in range(L) for half in "AB"},
+}
+
+
+def test_a_state_whose_numbers_of_steps_contradict_each_other_is_refused(
+    run, monkeypatch, tmp_path
+):
+    """In one line, that names the file."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupted(patch, 7, ctrl_c)
+        run("perft_s", *LONG)
+    state = tmp_path / "run" / "state.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in SafetensorsFile(state).items()}
+    for claim in STEPS_OF_NO_RUN.values():
+        changed = tensors | {name: torch.tensor(float(n)) for name, n in claim.items()}
+        write_tensors(state, {name: Place(tensor) for name, tensor in changed.items()})
+        with pytest.raises(SystemExit) as stopped:
+            run("perft_s", *LONG, "--resume")
+        said = f"error: {state}: holds numbers of steps that no run has done; begin again with "
+        assert stopped.value.code == f"{said}--overwrite", claim
 
 
 def test_an_out_that_is_a_file_is_refused_with_cause_and_remedy_and_stays_as_it_is(
@@ -1077,9 +1125,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_no_adapter(run, tmp_p
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
     with pytest.raises(SystemExit) as stopped:  # finite in its one step, and no number after it
         run("perft_s", "--lr", 1e38, "--steps", 1, "--warmup", 1, "--init", "lora", out="last")
-    said = r"error: layers\.0\.moe\.adapters\.\w is not finite after training; lower --lr"
+    said = r"error: .*: not written, layers\.0\.moe\.adapters\.\w is not finite; .+, lower --lr"
     assert re.fullmatch(said, stopped.value.code)
     assert not (tmp_path / "last" / "adapter_model.safetensors").exists()
+
+
+def test_a_file_may_have_any_name_and_a_given_rate_is_no_bad_rate_of_a_folder(tmp_path):
+    """random is a word of --experts alone; and --resume --lr asks for no rate of config.json."""
+    args = train.parse_args(["--variant", "perft_s", "--data", "random"])
+    assert (args.data, args.task, args.train_rows, args.eval_rows) == ("random", None, None, None)
+    (tmp_path / "config.json").write_text('{"lr": -0.5}')
+    argv = ["--variant", "perft_s", "--out", str(tmp_path), "--resume"]
+    assert train.parse_args([*argv, "--lr", "1e-4"]).lr == 1e-4
+    assert failure(*argv)[0] == 2
+
+
+def test_a_process_that_is_lost_at_the_very_end_is_told_with_what_is_saved(run, monkeypatch):
+    """Not even the last meeting of all may end in a traceback."""
+
+    def stop():
+        monkeypatch.setattr(train.processes, "WORLD", 2)
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    monkeypatch.setattr(train.processes, "stop", stop)
+    with pytest.raises(SystemExit) as stopped:
+        run("perft_s")
+    said = r"error: another process is gone: training is done, .+ is saved; accuracies: .+"
+    assert re.fullmatch(said, stopped.value.code)
 
 
 def test_a_mistake_in_a_shell_is_one_line_on_stderr_without_a_traceback(tmp_path):
@@ -1116,6 +1188,8 @@ def test_chosen_experts_that_few_tokens_reached_are_not_called_inert(base):
     then the check says that it has not seen all."""
     model = apply_esft(MoETransformer.from_pretrained(base), [[0]] * L)
     optimizer = train.make_optimizer(model, SimpleNamespace(lr=1.0, weight_decay=0.0, beta2=0.9))
+    for state in optimizer.state.values():
+        state["step"] += 2
     few = torch.full((L, E), train.MANY)
     few[:, 0] -= 1
     assert not train.check_inert(model, optimizer, few)
