@@ -10,10 +10,13 @@ colour, and a pointer that rests on a shape is told its numbers.
 tests/results.py draws the pictures of results with what stands here.
 """
 
+import math
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, this folder is on it
 
@@ -26,6 +29,7 @@ STYLE = """<style>
 svg { color: #444 } text { font: 12px sans-serif; fill: currentColor }
 path { fill: none; stroke: currentColor; stroke-width: 2 } .thin { stroke-width: 0.5 }
 .level { stroke-width: 0.5; stroke-opacity: 0.4 }
+.dashes { stroke-dasharray: 7 4 }
 text[class] { paint-order: stroke; stroke: #fff; stroke-width: 3; stroke-opacity: 0.7 }
 circle, rect { fill: currentColor } .ring { fill: none; stroke: currentColor; stroke-width: 2 }
 .cell, .chosen { color: #0072b2 } .chosen { stroke: #e07b00; stroke-width: 1.5 }
@@ -46,18 +50,16 @@ PAGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" viewB
 """
 PANEL = '<g transform="translate(0 {})">'
 TEXT = '<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>'
-# of a plot, from (60, bottom) to the right and upwards
-FRAME = """<text x="60" y="20" text-anchor="start">{}</text>
-<text x="60" y="38" text-anchor="start">{}</text>
-<text x="{}" y="{}" text-anchor="end">{}</text>"""
-LEVEL = """<text x="54" y="{1:.1f}" text-anchor="end">{0:.3g}</text>
-<path class="level" d="M 60,{2:.1f} H {3}"/>"""
-LINE = '<path class="{}" d="M {}"/>'
-DOT = """<circle class="{} {}" cx="{:.1f}" cy="{:.1f}" r="{}">
+HEAD = """<text x="{0}" y="20" text-anchor="start">{1}</text>
+<text x="{0}" y="38" text-anchor="start">{2}</text>"""
+LEVEL = """<text x="54" y="{1:.1f}" text-anchor="end">{0:.7g}</text>
+<path class="level" d="M 60,{2:.1f} H 460"/>"""
+PATH = '<path class="c{} {}" d="M {}"/>'
+DOT = """<circle class="c{} {}" cx="{:.1f}" cy="{:.1f}" r="{}">
 <title>{}: {:.7g}, {:.7g}</title></circle>"""
-# a name, tied to its place
-NAME = """<path class="thin {0}" d="M {1:.1f},{2:.1f} L {3:.1f},{4:.1f}"/>
-<text class="{0}" x="{3:.1f}" y="{5:.1f}" text-anchor="start">{6}</text>"""
+# tied to its place
+LABEL = """<path class="thin c{0}" d="M {1:.1f},{2:.1f} L {3:.1f},{4:.1f}"/>
+<text class="c{0}" x="{3:.1f}" y="{5:.1f}" text-anchor="{6}">{7}</text>"""
 SCORE = """<rect class="{kind}" x="{x}" y="{y}" width="{inner}" height="13" \
 style="fill-opacity: {shade:.3f}">
 <title>{name}, column {column}: {value:.4g}</title></rect>"""
@@ -87,69 +89,80 @@ def text(x, y, words, anchor="start"):
 # Curves ------------------------------------------------------------------------------------------
 
 
-def plot(groups, x_label, y_label, title, unit=float, x_ticks=(), top=0, height=250):
-    """A panel of groups (name, points (x, y), look): a "line" with a dot at each point, a "bar",
-    without, or "ring"s. A name stands beside the last point of the last group that has it, and has
-    the colour of its first word. x has the range of x_ticks (of the points), y begins at 0.
-    unit: log10 for a logarithmic x."""
-    points = [point for _, group, _ in groups for point in group]
-    xs = x_ticks or sorted({x for x, _ in points})
-    top = max(top, *(y for _, y in points)) or 1
-    bottom, right = height - 50, WIDTH - 20 - LETTER * max(len(name) for name, *_ in groups)
-    x_at = scale(xs[0], xs[-1], 60, right, unit)
-    y_at = scale(0, top, bottom, 60)
-    shapes = [FRAME.format(title, y_label, right, height - 14, x_label)]
-    for level in (0, 0.25, 0.5, 0.75, 1):
-        y = y_at(level * top)
-        shapes.append(LEVEL.format(level * top, y + 4, y, right))
-    shapes += labels([(x_at(x), f"{x:,.7g}") for x in xs], bottom + 18, 50)
+class Axis(NamedTuple):
+    label: str
+    ticks: Sequence[float]  # from its beginning to its end
+    unit: Callable = float  # math.log10: a logarithmic axis
 
-    colours, names, dots = {}, {}, []
-    for name, group, look in groups:
-        word = name.split()[0]
-        colour = colours.setdefault(word, f"c{len(colours) % 11}")
-        places = [(x_at(x), y_at(y)) for x, y in group]
-        if look != "ring":
-            path = " ".join("{:.1f},{:.1f}".format(*place) for place in places)
-            shapes.append(LINE.format(colour, path))
-        if look != "bar":
-            size = 5 if look == "ring" else 3
-            for point, place in zip(group, places):
-                shapes.append(DOT.format(colour, look, *place, size, shown(word), *point))
+
+class Line(NamedTuple):
+    name: str  # what a pointer is told beside the numbers
+    points: list  # (x, y)
+    colour: int
+    look: str = "line"  # with dots, as "dashes"; "bar": without; "ring": rings and no line
+    label: str = ""  # beside the last point of the last line that has the name,
+    side: str = "start"  # which is the label's start, or its "end"
+
+
+def plot(title, lines: list[Line], x: Axis, y: Axis, height=250):
+    """A panel: frame, lines with their dots, and labels, in this order from back to front."""
+    x_at, y_at = scale(x, 60, 460), scale(y, height - 50, 60)
+    shapes = frame(title, x, y, x_at, y_at)
+    labels, dots = {}, []
+    for line in lines:
+        places = [(x_at(a), y_at(b)) for a, b in line.points]
+        shapes += drawn(line, places)
+        if line.look != "bar":
             dots += places
-        x, y = places[-1]
-        names[name] = y, x, colour, shown(name)
-    return shapes + names_beside(names.values(), dots), height
+        if line.label:
+            labels[line.name] = (*places[-1], line.colour, line.side, shown(line.label))
+    return shapes + labels_beside(labels.values(), dots, range(50, height - 40)), height
 
 
-def labels(places, y, room):
-    """Words (x, words) that have room beside those before them."""
-    shapes, free = [], 0
-    for x, words in places:
-        if x >= free:
-            shapes.append(text(x, y, words, "middle"))
-            free = x + room
+def scale(axis, start, end):
+    """-> a function that takes the first tick to the pixel `start`, and the last to `end`."""
+    low, *_, high = map(axis.unit, axis.ticks)
+    return lambda value: start + (end - start) * (axis.unit(value) - low) / (high - low)
+
+
+def frame(title, x, y, x_at, y_at):
+    bottom = y_at(y.ticks[0])
+    shapes = [HEAD.format(60, title, y.label), text(460, bottom + 36, x.label, "end")]
+    for tick in x.ticks:
+        shapes.append(text(x_at(tick), bottom + 18, f"{tick:,.9g}", "middle"))
+    for tick in y.ticks:
+        shapes.append(LEVEL.format(tick, y_at(tick) + 4, y_at(tick)))
     return shapes
 
 
-def names_beside(names, dots):
-    """Names (y, x, colour, words) right of their places, or below the dots and names that stand
-    there already."""
+def drawn(line, places):
+    shapes = []
+    if line.look != "ring":
+        path = " ".join("{:.1f},{:.1f}".format(*place) for place in places)
+        shapes.append(PATH.format(line.colour, line.look, path))
+    if line.look != "bar":
+        radius = 5 if line.look == "ring" else 3
+        for place, point in zip(places, line.points):
+            shapes.append(
+                DOT.format(line.colour, line.look, *place, radius, shown(line.name), *point)
+            )
+    return shapes
+
+
+def labels_beside(labels, dots, heights):
+    """Labels (x, y, colour, side, words) beside their places, or above or below, as near as dots
+    and other labels leave room."""
     shapes = []
     taken = [(x - 4, x + 4, y) for x, y in dots]  # from, to, and the middle of its height
-    for y, x, colour, words in sorted(names):
-        start, end, down = x + 9, x + 9 + LETTER * len(words), y
-        while any(start < t and f < end and abs(down - m) < 13 for f, t, m in taken):
-            down += 1
-        taken.append((start, end, down))
-        shapes.append(NAME.format(colour, x, y, start, down, down + 4, words))
+    for x, y, colour, side, words in sorted(labels, reverse=True):
+        width = LETTER * len(words)
+        tie, start = (x + 9, x + 9) if side == "start" else (x - 9, x - 9 - width)
+        near = [m for left, right, m in taken if start < right and left < start + width]
+        free = [height for height in heights if all(abs(height - m) > 12 for m in near)]
+        middle = min(free, key=lambda height: abs(height - y), default=y)
+        taken.append((start, start + width, middle))
+        shapes.append(LABEL.format(colour, x, y, tie, middle, middle + 4, side, words))
     return shapes
-
-
-def scale(low, high, start, end, unit=float):
-    """-> a function that takes `low` to the pixel `start`, and `high` to `end`."""
-    span = unit(high) - unit(low) or 1
-    return lambda value: start + (end - start) * (unit(value) - unit(low)) / span
 
 
 # Experts -----------------------------------------------------------------------------------------
@@ -157,52 +170,46 @@ def scale(low, high, start, end, unit=float):
 
 def heat_map(scores, chosen: list, title="expert scores") -> str:
     """scores: (L, E), not negative. chosen: for each layer the experts to outline."""
-    return picture([heat(f"{title}; outlined: chosen", layers(scores), layers(chosen))])
+    note = "Outlined: chosen. Colour: the score"
+    return picture([heat(title, note, layers(scores), layers(chosen))])
 
 
-def layers(values):
-    return {f"layer {i}": value for i, value in enumerate(values)}
+def layers(values, of=""):
+    return {f"{of}layer {i}": value for i, value in enumerate(values)}
 
 
-def heat(title, rows, chosen, which="expert"):
-    """A row a layer, a column an expert, the score as opacity (it suits dark pages)."""
-    values = list(rows.values())
-    largest = max(map(max, values)) or 1.0
-    return grid(
-        f"{title}; full colour: {largest:.4f}",
-        which,
-        range(len(values[0])),
-        rows,
-        chosen,
-        SCORE,
-        CELL,
-        1 / largest,
-    )
+def heat(title, note, rows, chosen, which="expert"):
+    """A row a layer, a column an expert, its share as opacity (it suits dark pages)."""
+    columns = range(max(map(len, rows.values())))
+    largest = max(map(max, rows.values()))
+    note = f"{note}, {largest:.1%} at most"
+    return grid(title, note, which, columns, rows, chosen, SCORE, CELL, 1 / (largest or 1))
 
 
 def routing_picture(tokens: list[str], ids: list[list[int]], num_experts: int) -> str:
     """A column a token, a row a layer; a cell has the number and the colour of the token's first
     expert. ids: (L, T)."""
-    title = f"A token's first of {num_experts} experts"
+    title = f"Of {num_experts} experts the first that a token goes to, layer by layer"
     panels = []
     for first in range(0, len(tokens), 12):
         part = slice(first, first + 12)
         heads = [token.replace(" ", "␣")[:6] for token in tokens[part]]
         rows = layers([row[part] for row in ids])
         # degrees of the colour wheel, so that neighbours have unlike colours
-        panels.append(grid(title, "token", heads, rows, {}, EXPERT, 48, 137.5))
+        panels.append(grid(title, "", "token", heads, rows, {}, EXPERT, 48, 137.5))
     return picture(panels)
 
 
-def grid(title, corner, heads, rows, chosen, template, width, scale):
+def grid(title, note, corner, heads, rows, chosen, template, width, scale):
     """heads: words above the columns, and `corner` says what they are. rows: {name: values}.
     chosen: {name: columns to outline}. scale: makes of a value what the template shows as colour.
     """
     left = 8 + LETTER * max(map(len, rows))
     width = min(width, (WIDTH - 4 - left) // len(heads))
-    middles = [(left + width * (column + 0.5), head) for column, head in enumerate(heads)]
-    shapes = [text(8, 20, title), text(left - 6, 40, corner, "end"), *labels(middles, 40, 24)]
-    y = 46
+    shapes = [HEAD.format(8, shown(title), note), text(left - 6, 60, corner, "end")]
+    for column in range(0, len(heads), math.ceil(24 / width)):
+        shapes.append(text(left + width * (column + 0.5), 60, heads[column], "middle"))
+    y = 66
     for name, row in rows.items():
         shapes.append(text(left - 6, y + 11, name, "end"))
         for column, value in enumerate(row):
@@ -225,38 +232,63 @@ def grid(title, corner, heads, rows, chosen, template, width, scale):
 
 
 def run_picture(records: list[dict]) -> str:
-    """What metrics.jsonl holds (train.py): loss, accuracy, and the load of the experts. Accuracies
-    before and after the run are of other rows, those of the test, and so apart from the line."""
+    """What metrics.jsonl holds (train.py): loss, accuracy, and the load of the experts."""
     from data.skills import FAMILIES
 
-    series = defaultdict(list)
+    found = series(records)
+    last, _ = found["step", "line"][-1]
+    steps = Axis("step", whole_ticks(last))
+
+    losses = lines_of(found, ["cross_entropy", "held_out"])
+    largest = max(loss for line in losses for _, loss in line.points)
+    y = Axis("cross-entropy of a token of the answer (less is better)", whole_ticks(largest))
+    panels = [plot("Loss", losses, steps, y)]
+
+    if "accuracy" in records[0]:
+        names = [name for name in (*records[0]["accuracy"], "kept") if name not in FAMILIES]
+        label = "share right: of validation rows on the way (lines), of test rows (rings)"
+        y = Axis(label, (0, 0.25, 0.5, 0.75, 1))
+        title = "Accuracy on what is new, and on the skills it had (kept)"
+        panels.append(plot(title, lines_of(found, names), steps, y))
+
+    for which in ("expert", "adapter"):
+        loads = found[f"{which}_load", "line"]
+        rows = {}
+        for step, load in loads[:1] + loads[-1:]:
+            rows |= layers(load, f"step {step}, ")
+        if rows:
+            note = f"Colour: each {which}'s share of its layer's choices"
+            panels.append(heat(f"How the {which}s are used", note, rows, {}, which))
+    return picture(panels)
+
+
+def whole_ticks(top):
+    """From 0 to `top` or a little more."""
+    top = max(1, math.ceil(top))
+    step = math.ceil(top / 5)
+    return range(0, top + step, step)
+
+
+def series(records):
+    """-> {(name, look): [(step, value), ...]}. Accuracies before and after the run, which are of no
+    step, are of other rows, those of the test, and so rings apart from the line."""
+    found = defaultdict(list)
     step = 0  # of what is measured before the first
     for record in records:
         step = record.get("step", step)
-        test = "accuracy" in record and record["event"] in ("before", "after")
+        test = "accuracy" in record and "step" not in record
         for name, value in (record | record.get("accuracy", {})).items():
-            series[name, "ring" if test else "line"].append((step, value))
+            found[name, "ring" if test else "line"].append((step, value))
+    return found
 
-    def groups(names):
-        found = []
-        for (name, look), points in sorted(series.items()):
-            if name in names:
-                _, last = series.get((name, "ring"), points)[-1]
-                found.append((f"{name} {last:.3g}", points, look))
-        return found
 
-    losses = groups(("cross_entropy", "held_out"))
-    panels = [plot(losses, "step", "cross-entropy of a token of the answer", "Loss")]
-    if "accuracy" in records[0]:
-        label = "share right: of validation rows on the way (lines), of test rows (rings)"
-        shares = groups({"kept", *records[0]["accuracy"]}.difference(FAMILIES))
-        panels.append(plot(shares, "step", label, "Accuracy", top=1))
-    for which in ("expert", "adapter"):
-        loads = series[f"{which}_load", "line"]
-        for step, load in loads[:1] + loads[-1:]:
-            title = f"Each {which}'s share of its layer's choices, step {step}"
-            panels.append(heat(title, layers(load), {}, which))
-    return picture(panels)
+def lines_of(found, names):
+    """The lines and, after them, rings of some names, labelled with their last numbers."""
+    return [
+        Line(name, points, names.index(name), look, f"{name} {points[-1][1]:.2f}")
+        for (name, look), points in sorted(found.items())
+        if name in names
+    ]
 
 
 def draw(folder: str | Path):

@@ -54,7 +54,7 @@ ENOUGH = 0.95
 SEEDS = range(5)
 STEPS = {"three_new": 300, "kinship_new": 200, "cipher_new": 200, "order_new": 200}
 EVAL_EVERY = {300: 30, 200: 25}
-GRID = (6e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 1e-2, 2e-2)
+GRID = (6e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 1e-2, 2e-2, 3e-2, 6e-2)
 
 
 class Method(NamedTuple):
@@ -86,19 +86,19 @@ METHODS = [
     Method("frozen_experts", "all but", "--variant frozen_experts", (1e-4, 2e-3), (6e-5, 3e-4)),
     Method("router", "all", "--variant router", (1e-3, 2e-2), (4e-3, 2e-2)),
 ]
-# More sizes of these; with one rate, that of the method's first size.
+# More sizes of these, each with a grid of its own.
 SIZES = [
     Method("perft_s", "r4", "--variant perft_s --rank 4", (4e-3, 2e-2)),
-    Method("perft_d", "4 x r4", "--variant perft_d --rank 4", (6e-4, 6e-4)),
-    Method("perft_r", "Top2/4 r4", "--variant perft_r --rank 4", (2e-3, 2e-3)),
+    Method("perft_d", "4 x r4", "--variant perft_d --rank 4", (6e-4, 4e-3)),
+    Method("perft_r", "Top2/4 r4", "--variant perft_r --rank 4", (2e-3, 1e-2)),
     Method("perft_r", "Top2/8 r16", "--variant perft_r --rank 16 --num_adapters 8", (6e-4, 3e-3)),
     Method("perft_r", "Top1/8 r16", "--variant perft_r --rank 16 --num_adapters 8 --top_k 1",
            (1e-3, 4e-3)),
-    Method("perft_e", "r2", "--variant perft_e --rank 2", (2e-3, 2e-3)),
-    Method("lora_qv", "r8", "--variant lora_qv --rank 8", (3e-3, 3e-3)),
-    Method("lora_qv", "r128", "--variant lora_qv --rank 128", (3e-3, 3e-3)),
-    Method("lora_experts", "r2", "--variant lora_experts --rank 2", (3e-3, 3e-3)),
-    Method("lora_experts", "r16", "--variant lora_experts --rank 16", (3e-3, 3e-3)),
+    Method("perft_e", "r2", "--variant perft_e --rank 2", (1e-3, 6e-3)),
+    Method("lora_qv", "r8", "--variant lora_qv --rank 8", (3e-3, 3e-2)),
+    Method("lora_qv", "r128", "--variant lora_qv --rank 128", (6e-4, 4e-3)),
+    Method("lora_experts", "r2", "--variant lora_experts --rank 2", (2e-3, 1e-2)),
+    Method("lora_experts", "r16", "--variant lora_experts --rank 16", (6e-4, 4e-3)),
     Method("esft_token", "groups of 2", "--variant esft_token --bind_groups 2", (6e-4, 3e-3)),
     Method("esft_token", "groups of 4", "--variant esft_token --bind_groups 4", (6e-4, 3e-3)),
     Method("esft_token", "groups of 8", "--variant esft_token --bind_groups 8", (6e-4, 3e-3)),
@@ -526,33 +526,39 @@ def frontier(results: Results) -> str | None:
     Left out: points with more than half wrong, and those that another rate of the method beats in
     both: nobody would choose them. Fewer errors than LEAST stand there. None: nothing is left.
     """
-    groups = []
+    lines = []
     for m in METHODS:
         seeds = results.seeds(m)
         if not seeds:
             continue
-        name = f"{m.name} {m.config}"
-        points = [(row["target"], 100 * row["kept"]) for row in results.of(m) if row["seed"] == 0]
-        line = [(errors(x), y) for x, y in undominated(points) if x >= 0.5]
         x, dx = mean_and_error([row["target"] for row in seeds])
         y, dy = mean_and_error([100 * row["kept"] for row in seeds])
         if x < 0.5:
             continue
-        groups.append((name, [(errors(x - dx), y), (errors(x + dx), y)], "bar"))
-        groups.append((name, [(errors(x), y - dy), (errors(x), y + dy)], "bar"))
-        groups.append((name, [(errors(x), y)], "ring"))
-        groups.append((name, line, "line"))
-    if not groups:
+        name, colour = f"{m.name} {m.config}", COLOURS.index(m.name)
+        look = "line" if m == first_of(m.name) else "dashes"
+        rates = [(row["target"], 100 * row["kept"]) for row in results.of(m) if row["seed"] == 0]
+        points = [(errors(x, 50), y) for x, y in undominated(rates) if x >= 0.5]
+        across = [(errors(x - dx, 50), y), (errors(x + dx, 50), y)]
+        upwards = [(errors(x, 50), y - dy), (errors(x, 50), y + dy)]
+        lines.append(pictures.Line(name, across, colour, "bar"))
+        lines.append(pictures.Line(name, upwards, colour, "bar"))
+        lines.append(pictures.Line(name, [(errors(x, 50), y)], colour, "ring"))
+        lines.append(pictures.Line(name, points, colour, look, label=name))
+    if not lines:
         return None
     before = results.rows[0]["kept_before"]
     plot = pictures.plot(
-        groups,
-        f"errors on the new tasks, % (fewer to the right; {LEAST}: or less)",
-        f"kept of the other skills, % ({100 * before:.0f} before)",
-        "Lines: learning rates, seed 0. Rings: means of 5 seeds at the chosen rate, and errors",
-        unit=math.log10,
-        x_ticks=(50, 20, 10, 5, 2, 1, 0.5, LEAST),
-        top=100,
+        "Dots: learning rates (seed 0). Rings: means of 5 seeds at the chosen rate, with errors",
+        lines,
+        pictures.Axis(
+            f"wrong answers on the new tasks, % (fewer to the right; {LEAST}: or less)",
+            (50, 20, 10, 5, 2, 1, 0.5, LEAST),
+            math.log10,
+        ),
+        pictures.Axis(
+            f"kept of the other skills, % ({100 * before:.0f} before)", range(0, 101, 25)
+        ),
         height=500,
     )
     return pictures.picture([plot])
@@ -561,55 +567,81 @@ def frontier(results: Results) -> str | None:
 LEAST = 0.2  # percent: 3 of 1,500 test rows
 
 
-def errors(target: float) -> float:
-    """In percent, from LEAST to 50, which are the ends of the axis."""
-    return min(max(100 * (1 - target), LEAST), 50.0)
+def errors(target: float, most=100) -> float:
+    """In percent, from LEAST to `most`, which are the ends of an axis."""
+    return min(max(100 * (1 - target), LEAST), most)
+
+
+COLOURS = list(dict.fromkeys(m.name for m in METHODS))  # one a method, in both pictures
+
+
+def first_of(name: str) -> Method:
+    return next(m for m in METHODS if m.name == name)
 
 
 def parameters(results: Results) -> str | None:
-    """Target on test rows against what trains, each size at its rate, means over seeds: of each
-    method a line through its sizes, named after the smallest."""
+    """Errors on test rows against what trains, each size at its rate, means over seeds: of each
+    method a line through its sizes, of which the smallest and the largest are named."""
     sizes = {}
     for m in METHODS + SIZES:
         seeds = results.seeds(m)
         if not seeds:
             continue
-        mean, _ = mean_and_error([100 * row["target"] for row in seeds])
-        line = f"{m.name} {m.config}" if m.config in ("random", "shared r8") else m.name
-        sizes.setdefault(line, []).append((seeds[0]["trains"], mean, f"{m.name} {m.config}"))
-    groups = []
+        mean, _ = mean_and_error([row["target"] for row in seeds])
+        point = (seeds[0]["trains"], errors(mean))
+        alone = m.config in ("random", "shared r8")
+        line = f"{m.name} {m.config}" if alone else m.name
+        sizes.setdefault(line, []).append((*point, m))
+    lines = []
     for points in sizes.values():
-        points.sort(reverse=True)
-        groups.append((points[-1][2], [point[:2] for point in points], "line"))
-    if not groups:
+        points.sort(key=lambda point: point[0])
+        m = points[0][2]
+        colour = COLOURS.index(m.name)
+        places = [point[:2] for point in points]
+        lines.append(pictures.Line(m.name, places, colour, "bar"))
+        (least, _), (most, _) = places[0], places[-1]
+        for i, (trains, _, m) in enumerate(points):
+            name = f"{m.name} {m.config}"
+            at_an_end = trains in (least, most) and places[i] not in places[:i]
+            side = "end" if trains == least < most else "start"
+            label = name if at_an_end else ""
+            lines.append(pictures.Line(name, [places[i]], colour, label=label, side=side))
+    if not lines:
         return None
     plot = pictures.plot(
-        groups,
-        "parameters that train",
-        "what is learnt of the new tasks, %",
-        "Lines: a method's sizes, named after the smallest, at the rates of the tables",
-        unit=math.log10,
-        x_ticks=(3e3, 3e4, 3e5, 3e6),
-        top=100,
-        height=400,
+        "Lines: a method's sizes, each at its rate in the tables, means of 5 seeds",
+        lines,
+        pictures.Axis("parameters that train", (1e3, 1e4, 1e5, 1e6, 1e7), math.log10),
+        pictures.Axis(
+            f"wrong answers on the new tasks, % (fewer above; {LEAST}: or less)",
+            (100, 50, 20, 10, 5, 2, 1, 0.5, LEAST),
+            math.log10,
+        ),
+        height=500,
     )
     return pictures.picture([plot])
 
 
+SHARED = {"token": "choices", "gate": "routing weight", "gate_share": "weight of the chosen"}
+
+
 def experts(folders: list[Path]) -> str:
-    """Which experts ESFT chose in some runs: of each layer a row a run, from their scores.json."""
-    rows, chosen, counts = {}, {}, []
+    """Which experts ESFT chose in some runs, by one rule, from their scores.json."""
+    rows, chosen, counts, rules = {}, {}, [], set()
     for folder in folders:
         task = run.read_json(folder / "config.json", task=str)["task"] or folder.name
-        scores = run.read_json(folder / "scores.json", scores=list, chosen=list)
-        for i, ids in enumerate(scores["chosen"]):
-            name = f"layer {i} {task[:16]}"
-            rows[name], chosen[name] = scores["scores"][i], ids
-        counts.append(f"{sum(map(len, scores['chosen']))} for {task}")
-    in_order = dict(sorted(rows.items(), key=lambda row: int(row[0].split()[1])))
-    return pictures.picture(
-        [pictures.heat(f"Experts chosen: {', '.join(counts)}", in_order, chosen)]
-    )
+        content = run.read_json(folder / "scores.json", scores=list, chosen=list, kind=str, p=float)
+        of = f"{task[:16]}, "
+        rows |= pictures.layers(content["scores"], of)
+        chosen |= pictures.layers(content["chosen"], of)
+        counts.append(f"{sum(map(len, content['chosen']))} for {task}")
+        rules.add((SHARED[content["kind"]], content["p"]))
+    if len(rules) > 1:
+        raise ValueError(f"the runs chose by different rules, {rules}: take runs of one kind and p")
+    ((shared, p),) = rules
+    title = f"ESFT trains the outlined experts: a layer's most used, until they have {p:.0%} of its"
+    note = f"{', '.join(counts)}. Colour: an expert's share of the {shared}"
+    return pictures.picture([pictures.heat(f"{title} {shared}", note, rows, chosen)])
 
 
 def draw(out: Path, task: str):

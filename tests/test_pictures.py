@@ -13,19 +13,23 @@ from xml.etree import ElementTree
 import pytest
 
 from data import pictures, run
+from data.pictures import Axis, Line
 
 ROOT = Path(__file__).resolve().parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
 # Three layers of five experts; the largest score is 0.8.
 SCORES = [[0.1, 0.2, 0.4, 0.0, 0.1], [0.8, 0.0, 0.0, 0.1, 0.1], [0.3, 0.3, 0.2, 0.1, 0.1]]
 CHOSEN = [[2, 1], [0], [1, 0, 2]]
+FULL = "esft<&>full"
 RATES = [
-    ("perft_s", [(3e-5, 0.125), (3e-4, 60.5), (3e-3, 99.75)], "line"),
-    ("perft_e", [(3e-5, 20.5), (3e-4, 80.25), (3e-3, 99.5)], "line"),
-    ("perft_e", [(1e-3, 93.5)], "ring"),
-    ("perft_e_mean", [(1e-3, 91.0), (1e-3, 96.0)], "bar"),
-    ("esft<&>full", [(1e-4, 40), (1e-3, 99.625)], "line"),
+    Line("perft_s r4", [(3e-5, 0.125), (3e-4, 60.5), (3e-3, 99.75)], 0, label="perft_s r4"),
+    Line("perft_e", [(3e-5, 20.5), (3e-4, 80.25), (3e-3, 99.5)], 1, label="perft_e 99"),
+    Line("perft_e", [(1e-3, 93.5)], 1, "ring", label="perft_e 93"),
+    Line("perft_e", [(1e-3, 91.0), (1e-3, 96.0)], 1, "bar"),
+    Line(FULL, [(1e-4, 40), (1e-3, 99.625)], 2, "dashes", label=FULL, side="end"),
 ]
+UP = Axis("% right", range(0, 101, 25))
+RATE = Axis("learning rate", (1e-5, 1e-4, 1e-3, 1e-2), math.log10)
 TOKENS = ["bob", " is", " the", " brother", " of\n", " dan", "\x00", "<b>", "&", " .", *"abcdefgh"]
 IDS = [[(7 * t + layer) % 32 for t in range(len(TOKENS))] for layer in range(4)]
 
@@ -50,17 +54,21 @@ ON_FILE = [
     {"event": "epoch", "step": 5, "held_out": 2.125},
     {"event": "after", "held_out": 1.75},
 ]
-MANY = {f"method_{i} r{i}": [(i, 50 + i / 100), (31, 90.0)] for i in range(9)}
+MANY = [
+    Line(f"method_{i} r{i}", [(i, 50 + i / 100), (31, 90.0)], i, label=f"method_{i} r{i}")
+    for i in range(9)
+]
+CROWD = [Line("m", [(50 + i % 4, 90 + i % 3)], 0, label=f"m{i} r{i}") for i in range(12)]
+CROWD = [line._replace(name=line.label) for line in CROWD]
 PICTURES = {
     "heat map": lambda: pictures.heat_map(SCORES, CHOSEN, "a title"),
     "heat map of OLMoE": lambda: pictures.heat_map(even(16, 64), [[63]] * 16, "a title"),
     "heat map of zeros": lambda: pictures.heat_map([[0.0, 0.0]], [[]]),
-    "curves": lambda: drawn(RATES, unit=math.log10),
-    "nine lines that end together": lambda: drawn([(*one, "line") for one in MANY.items()]),
-    "a crowd of points": lambda: drawn(
-        [(f"m r{i}", [(50 + i % 4, 90 + i % 3)], "line") for i in range(12)], height=500
-    ),
-    "one point": lambda: drawn([("a", [(1, 0)], "ring")]),
+    "curves": lambda: drawn(RATES, RATE),
+    "nine lines that end together": lambda: drawn(MANY),
+    "a crowd of points": lambda: drawn(CROWD, height=500),
+    "a crowd to the left": lambda: drawn([line._replace(side="end") for line in CROWD], height=500),
+    "one point": lambda: drawn([Line("a", [(1, 0)], 0, "ring", label="a")]),
     "routing": lambda: pictures.routing_picture(TOKENS, IDS, 32),
     "run": lambda: pictures.run_picture(RECORDS),
     "run of perft_r": lambda: pictures.run_picture(ROUTED),
@@ -68,8 +76,8 @@ PICTURES = {
 }
 
 
-def drawn(groups, **options):
-    return pictures.picture([pictures.plot(groups, "learning rate", "% right", "rates", **options)])
+def drawn(lines, x=Axis("rows", range(0, 101, 50)), y=UP, **options):  # noqa: B008
+    return pictures.picture([pictures.plot("rates", lines, x, y, **options)])
 
 
 every_picture = pytest.mark.parametrize("name", PICTURES)
@@ -156,22 +164,21 @@ def test_a_pointer_on_a_cell_is_told_layer_expert_and_score():
 
 
 @pytest.mark.parametrize("unit", [float, math.log10])
-def test_all_numbers_and_names_are_in_the_picture_and_places_keep_their_order(unit):
-    svg = drawn(RATES, unit=unit)
-    with_dots = [(name, points) for name, points, look in RATES if look != "bar"]
-    expected = [f"{name}: {x:g}, {y:g}" for name, points in with_dots for x, y in points]
-    assert told(svg) == expected
-    # a name once, beside the last group that has it
+def test_all_numbers_and_labels_are_in_the_picture_and_places_keep_their_order(unit):
+    svg = drawn(RATES, RATE._replace(unit=unit))
+    with_dots = [line for line in RATES if line.look != "bar"]
+    assert told(svg) == [f"{line.name}: {x:g}, {y:g}" for line in with_dots for x, y in line.points]
+    # of a name the last label
     found = [text for text in words(svg) if text.startswith(("perft", "esft"))]
-    assert sorted(found) == ["esft<&>full", "perft_e", "perft_e_mean", "perft_s"]
+    assert sorted(found) == [FULL, "perft_e 93", "perft_s r4"]
     dots = [(x, y) for _, x, y in shapes(svg, "circle")]
-    data = [point for _, points in with_dots for point in points]
+    data = [point for line in with_dots for point in line.points]
     for (a, p), (b, q) in itertools.combinations(zip(data, dots), 2):
         assert (a[0] < b[0]) == (p[0] < q[0]) and (a[1] < b[1]) == (p[1] > q[1])
 
 
 def test_a_line_goes_through_its_points_and_none_through_rings():
-    svg = drawn(RATES)
+    svg = drawn(RATES, RATE)
     places = {(x, y) for _, x, y in shapes(svg, "circle")}
     lines = []
     for path in ElementTree.fromstring(svg).iter(f"{SVG}path"):
@@ -186,32 +193,44 @@ def test_a_line_goes_through_its_points_and_none_through_rings():
     assert bar[0][0] == bar[1][0] == ring[1] and bar[0][1] > ring[2] > bar[1][1]
 
 
-def test_distances_are_those_of_the_numbers_or_of_their_logarithms():
-    for unit, middle in ((math.log10, 1 / 2), (float, 9 / 99)):
-        svg = drawn([("a", [(1, 0), (10, 50), (100, 100)], "line")], unit=unit)
-        (x0, y0), (x1, y1), (x2, y2) = [(x, y) for _, x, y in shapes(svg, "circle")]
-        assert (x1 - x0) / (x2 - x0) == pytest.approx(middle, abs=1e-3)
-        assert (y1 - y0) / (y2 - y0) == pytest.approx(1 / 2, abs=1e-3)
+@pytest.mark.parametrize("of", ["x", "y"])
+@pytest.mark.parametrize("unit, middle", [(math.log10, 1 / 2), (float, 9 / 99)])
+def test_distances_are_those_of_the_numbers_or_of_their_logarithms(of, unit, middle):
+    axis, other = Axis("", (1, 10, 100), unit), Axis("", (0, 100))
+    points = [(1, 0), (10, 50), (100, 100)]
+    if of == "y":
+        points = [(y, x) for x, y in points]
+    svg = drawn([Line("a", points, 0)], *((axis, other) if of == "x" else (other, axis)))
+    places = [(x, y) for _, x, y in shapes(svg, "circle")]
+    if of == "y":
+        places = [(y, x) for x, y in places]
+    (x0, y0), (x1, y1), (x2, y2) = places
+    assert (x1 - x0) / (x2 - x0) == pytest.approx(middle, abs=1e-3)
+    assert (y1 - y0) / (y2 - y0) == pytest.approx(1 / 2, abs=1e-3)
 
 
 def test_the_axes_are_as_asked_for():
-    """Half of the way between two ticks is half of the numbers, whatever the points are."""
-    svg = drawn([("a", [(0.75, 0.375)], "line")], x_ticks=(0.5, 1.0), top=1)
-    across, up = {}, {}
-    for shape, x, y in shapes(svg, "text"):
-        (across if shape.get("text-anchor") == "middle" else up)[shape.text] = (x, y)
-    ((_, x, y),) = shapes(svg, "circle")
-    assert x == pytest.approx((across["0.5"][0] + across["1"][0]) / 2, abs=0.1)
-    assert y == pytest.approx((up["0.25"][1] + up["0.5"][1]) / 2 - 4, abs=0.1)  # 4: a base line
+    """Half of the way between two ticks is half of the numbers, whatever the points are; an axis
+    may fall."""
+    ticks = (0, 0.25, 0.5, 0.75, 1)
+    for ups, point in ((ticks, 0.375), (ticks[::-1], 0.375)):
+        svg = drawn([Line("a", [(0.75, point)], 0)], Axis("", (0.5, 1.0)), Axis("", ups))
+        across, up = {}, {}
+        for shape, x, y in shapes(svg, "text"):
+            (across if shape.get("text-anchor") == "middle" else up)[shape.text] = (x, y)
+        ((_, x, y),) = shapes(svg, "circle")
+        assert x == pytest.approx((across["0.5"][0] + across["1"][0]) / 2, abs=0.1)
+        assert y == pytest.approx((up["0.25"][1] + up["0.5"][1]) / 2 - 4, abs=0.1)  # a base line
+        assert (up["0"][1] > up["1"][1]) == (ups == ticks)
 
 
-def test_names_have_the_colour_of_their_lines_and_are_tied_to_them():
+def test_labels_have_the_colour_of_their_lines_and_are_tied_to_them():
     svg = PICTURES["nine lines that end together"]()
     root = ElementTree.fromstring(svg)
     colours = set()
-    for name in MANY:
-        dots = [c for c in root.iter(f"{SVG}circle") if c[0].text.startswith(f"{name.split()[0]}:")]
-        (label,) = [t for t in root.iter(f"{SVG}text") if t.text == name]
+    for line in MANY:
+        dots = [c for c in root.iter(f"{SVG}circle") if c[0].text.startswith(f"{line.name}:")]
+        (label,) = [t for t in root.iter(f"{SVG}text") if t.text == line.label]
         assert {dot.get("class").split()[0] for dot in dots} == {label.get("class")}
         colours.add(label.get("class"))
     assert len(colours) == len(MANY)
@@ -219,10 +238,12 @@ def test_names_have_the_colour_of_their_lines_and_are_tied_to_them():
     assert len(ties) == len(MANY)
 
 
-def test_sizes_of_a_method_have_its_colour():
-    groups = [(name, [(1, 1)], "line") for name in ("a r4", "b r4", "a r8")]
-    first, second, third = [c.get("class") for c, _, _ in shapes(drawn(groups), "circle")]
-    assert first == third != second
+def test_a_label_is_right_or_left_of_its_point_at_the_same_height_where_there_is_room():
+    svg = drawn([Line("a", [(50, 50)], 0, label="word", side=side) for side in ("start", "end")])
+    (label,) = [shape for shape in shapes(svg, "text") if shape[0].text == "word"]
+    (_, x, y), _ = shapes(svg, "circle")
+    assert label[0].get("text-anchor") == "end" and label[1] == x - 9
+    assert label[2] == pytest.approx(y + 4, abs=1)
 
 
 # The experts of a prompt -------------------------------------------------------------------------
@@ -255,10 +276,13 @@ def test_the_picture_of_a_run_has_every_loss_and_accuracy_and_the_first_and_last
     kept = {"kept: 0, 0.9127", "kept: 30, 0.85", "kept: 60, 0.7964"}
     assert losses | task | kept <= found and not any(text.startswith("sort") for text in found)
     titles = [text for text in words(PICTURES["run of perft_r"]()) if "share of its" in text]
-    whose = [f"Each {which}'s share" for which in ("expert", "adapter") for _ in range(2)]
-    assert [title.split(" of ")[0] for title in titles] == whose
-    assert [title.split("step ")[1].split(";")[0] for title in titles] == ["20", "60"] * 2
-    assert "layer 1, column 0: 0.8" in found
+    assert [title.split("'s share")[0] for title in titles] == [
+        "Colour: each expert",
+        "Colour: each adapter",
+    ]
+    rows = [text for text in words(PICTURES["run of perft_r"]()) if text.startswith("step ")]
+    assert rows == [f"step {step}, layer {i}" for step in (20, 60) for i in range(3)] * 2
+    assert "step 20, layer 1, column 0: 0.8" in found
     assert not any("adapter" in text for text in words(PICTURES["run"]()))
 
 
@@ -271,7 +295,7 @@ def test_what_test_rows_showed_is_a_ring_apart_from_the_line_of_validation_rows(
         "kinship_new: 0, 0",
         "kinship_new: 60, 0.975",
     ]
-    assert {"kept 0.796", "kinship_new 0.975"} <= set(words(PICTURES["run"]()))
+    assert {"kept 0.80", "kinship_new 0.97"} <= set(words(PICTURES["run"]()))
 
 
 def test_a_run_on_a_file_shows_the_loss_of_its_held_out_rows():
@@ -281,7 +305,13 @@ def test_a_run_on_a_file_shows_the_loss_of_its_held_out_rows():
         "held_out: 5, 2.125",
         "held_out: 5, 1.75",
     ]
-    assert "Accuracy" not in words(PICTURES["run on a file"]())
+    assert not any(text.startswith("Accuracy") for text in words(PICTURES["run on a file"]()))
+
+
+@pytest.mark.parametrize("top", [0, 0.3, 1, 4.1, 11.8, 40, 230, 400, 31_932])
+def test_the_ticks_of_an_axis_are_few_whole_numbers_that_reach_the_top(top):
+    ticks = pictures.whole_ticks(top)
+    assert 2 <= len(ticks) <= 7 and ticks[0] == 0 and ticks[-2] < max(top, 1) <= ticks[-1]
 
 
 def test_the_command_draws_what_the_log_holds(tmp_path):

@@ -8,7 +8,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import results
@@ -16,7 +18,8 @@ import torch
 
 import perft
 import train
-from data import skills
+from data import run, skills
+from data.hub import make_config
 from model import Config, MoETransformer, active_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,6 +254,107 @@ def test_the_tables_of_results_and_claims_are_those_that_the_sweep_prints():
         (PAGES["tests/README.md"], results.table(found, results.SIZES)),
     ):
         assert len(lines) > 10 and not set(lines) - set(page.splitlines())
+
+
+def mean(found, name, column):
+    """Of a method's seeds at its rate, in %."""
+    (method,) = [m for m in results.METHODS + results.SIZES if f"{m.name} {m.config}" == name]
+    values = [100 * row[column] for row in found.seeds(method)]
+    return sum(values) / len(values)
+
+
+def test_what_is_said_of_routing_follows_from_the_table():
+    """Differences in whole points; the size of 18 thousand keeps more than the others near it."""
+    found = results.Results(ROOT / "assets" / "results.csv", "three_new")
+    words = " ".join(README.split())
+
+    def more(name, other, column):
+        return round(mean(found, name, column) - mean(found, other, column))
+
+    routed, eight = "perft_r Top2/4 r16", "perft_r Top2/8 r16"
+    assert f"keep {more(routed, 'perft_d 4 x r16', 'kept')} points more under a router" in words
+    kept, learnt = more("perft_e r4", eight, "kept"), more(eight, "perft_e r4", "target")
+    assert f"keep {kept} more and learn {learnt} less" in words
+    larger = ("perft_e r16", "esft_token p 0.2", "esft_gate p 0.1")
+    ahead = [more(name, eight, "kept") for name in larger]
+    assert f"keep {min(ahead)} to {max(ahead)} more" in words
+    small = mean(found, "perft_r Top2/4 r4", "kept")
+    assert small > max(mean(found, name, "kept") for name in ("perft_s r16", "perft_d 4 x r4"))
+
+
+def test_why_esft_forgets_less_is_two_rows_of_the_sweep():
+    """The chosen experts and as many random ones, of one rate and seed; and full keeps as much."""
+    found = results.Results(ROOT / "assets" / "results.csv", "three_new")
+    rows = {
+        row["config"]: row
+        for row in found.rows
+        if (row["method"], row["lr"], row["seed"]) == ("esft_token", 0.002, 0)
+    }
+    chosen, random = rows["p 0.2"], rows["random"]
+    assert chosen["trains"] == random["trains"]
+    said = (
+        f"At one rate and seed (0.002, 0) the chosen learn {chosen['target']:.1%} and keep "
+        f"{chosen['kept']:.1%}, as many random ones {random['target']:.1%} and "
+        f"{random['kept']:.1%}."
+    )
+    assert said in " ".join(README.split()).replace(" %", "%")
+    full, ours = mean(found, "full all", "kept"), mean(found, "esft_token p 0.2", "kept")
+    assert abs(full - ours) < 2 < full - mean(found, "esft_token random", "kept")
+
+
+# of the published config.json files
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
+
+
+def test_the_memory_of_real_models_is_what_a_run_says_first(monkeypatch, capsys):
+    """PERFT-R in bfloat16: what its line of memory adds up to."""
+    monkeypatch.setattr(run, "free_memory", lambda: float("inf"))
+    models = {"OLMoE-1B-7B": perft.OLMOE_1B_7B, "Qwen3-30B-A3B": QWEN3_30B_A3B}
+    for name, sizes in models.items():
+        args = SimpleNamespace(dtype="bfloat16", device="cpu")
+        edit = partial(perft.apply_perft, variant="perft_r")
+        train.check_memory(args, make_config(sizes, Config), edit)
+        line = capsys.readouterr().out
+        total = sum(float(number) for number in re.findall(r"\d+\.\d+", line))
+        assert f"{total:.1f} GB for {name}" in " ".join(README.split())
+
+
+def test_an_adapter_goes_to_peft_and_back_as_told(tmp_path):
+    """Both calls, as they stand in the page."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    there, back = re.findall(
+        r"`(PeftModel\.from_pretrained\(.+?\)|perft\.load_adapter\(.+?\))`", README
+    )
+    folder = ROOT / "data" / "tiny_olmoe"
+    ids = torch.tensor([[5, 9, 2, 60, 33]])
+    adapted = perft.apply_perft(MoETransformer.from_pretrained(folder), "lora_qv")
+    torch.manual_seed(0)
+    for p in adapted.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    perft.save_adapter(adapted.eval(), tmp_path / "run")
+    names = {"PeftModel": peft.PeftModel, "perft": perft, "RUN": tmp_path / "run"}
+    names["base"] = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = eval(there, names).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    names |= {"model": MoETransformer.from_pretrained(folder), "FOLDER": tmp_path / "theirs"}
+    again = eval(back, names)
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        assert torch.allclose(theirs(input_ids=ids).logits, expected, atol=1e-4)
+        assert torch.allclose(again(ids).logits, expected, atol=1e-4)
 
 
 def test_the_tables_of_speed_are_what_was_measured():

@@ -183,42 +183,82 @@ def test_the_frontier_has_the_rates_that_somebody_would_choose_and_the_mean(by_h
     svg = ElementTree.fromstring(results.frontier(by_hand))
     told = [circle[0].text for circle in svg.iter(f"{SVG}circle")]
     # the ring, then the line, without 3e-3, which 2e-3 beats in both; nor the one that is at 45 %
-    mean = f"perft_e: {100 - 100 * (0.96 + 0.97 + 0.92) / 3:.7g}, {(86 + 84 + 80) / 3:.7g}"
-    assert told == [mean, "perft_e: 30, 88", "perft_e: 4, 86", "perft_e: 1, 81"]
-    bars = [path for path in svg.iter(f"{SVG}path") if re.fullmatch(r"c\d+", path.get("class"))]
-    assert len(bars) == 3  # two, and the line
+    mean = f"perft_e r16: {100 - 100 * (0.96 + 0.97 + 0.92) / 3:.7g}, {(86 + 84 + 80) / 3:.7g}"
+    assert told == [mean, "perft_e r16: 30, 88", "perft_e r16: 4, 86", "perft_e r16: 1, 81"]
+    looks = [path.get("class").split()[-1] for path in svg.iter(f"{SVG}path")]
+    assert [look for look in looks if look in ("bar", "line", "dashes")] == ["bar", "bar", "dashes"]
+
+
+def test_sizes_of_a_method_have_its_colour_and_all_but_the_first_are_dashed(by_hand, monkeypatch):
+    monkeypatch.setattr(results, "METHODS", [METHOD, METHOD._replace(config="r4")])
+    again = [row | {"config": "r4"} for row in by_hand.rows if row["method"] == METHOD.name]
+    by_hand.rows += again
+    by_hand.curves += [row | {"config": "r4"} for row in by_hand.curves]
+    svg = ElementTree.fromstring(results.frontier(by_hand))
+    classes = [path.get("class").split() for path in svg.iter(f"{SVG}path")]
+    (first, look), (second, other) = [c for c in classes if c[-1] in ("line", "dashes")]
+    assert first == second and (look, other) == ("line", "dashes")
 
 
 def test_a_size_stands_at_its_number_of_parameters_and_the_mean_of_its_seeds(by_hand):
     svg = ElementTree.fromstring(results.parameters(by_hand))
     told = {circle[0].text for circle in svg.iter(f"{SVG}circle")}
-    assert told == {"perft_e: 1024, 95", "perft_s: 1024, 45"}
+    assert told == {"perft_e r16: 1024, 5", "perft_s r16: 1024, 55"}
+    heights = {c[0].text: float(c.get("cy")) for c in svg.iter(f"{SVG}circle")}
+    assert heights["perft_e r16: 1024, 5"] < heights["perft_s r16: 1024, 55"]
 
 
-def test_the_experts_of_two_tasks_stand_layer_by_layer_in_one_grid(tmp_path):
+def test_both_ends_of_a_methods_sizes_are_named(tmp_path, monkeypatch):
+    """Of three sizes, two; of sizes that are one point, one."""
+    sizes = [METHOD._replace(config=f"r{n}", three=(1e-3, 1e-3)) for n in (2, 4, 8)]
+    same = [OTHER._replace(config=name, three=(1e-3, 1e-3)) for name in ("p", "share")]
+    monkeypatch.setattr(results, "METHODS", sizes + same)
+    monkeypatch.setattr(results, "SIZES", [])
+    rows = [(m, 1e-3, 0, 0.5 + 0.1 * i, 0.8) for i, m in enumerate(sizes)]
+    rows += [(m, 1e-3, 0, 0.9, 0.8) for m in same]
+    curves = [(m, 1e-3, 0, 300, target, kept) for m, _, _, target, kept in rows]
+    found = write(tmp_path, rows, curves)
+    for row in found.rows:
+        row["trains"] = 1024.0 * (float(row["config"][1:]) if row["config"][0] == "r" else 1)
+    svg = ElementTree.fromstring(results.parameters(found))
+    words = [text.text for text in svg.iter(f"{SVG}text") if text.get("class")]
+    assert sorted(words) == ["perft_e r2", "perft_e r8", "perft_s p"]
+    sides = {text.text: text.get("text-anchor") for text in svg.iter(f"{SVG}text")}
+    assert sides["perft_e r2"] == "end" and sides["perft_e r8"] == "start"
+
+
+def test_the_experts_of_two_tasks_stand_in_one_grid_that_says_how_they_were_chosen(tmp_path):
     chosen = {"kinship_new": [[2, 0], [1]], "cipher_new": [[2], [0, 1]]}
     for task, ids in chosen.items():
         (tmp_path / task).mkdir()
         (tmp_path / task / "config.json").write_text(json.dumps({"task": task}))
         content = {"scores": [[0.1, 0.2, 0.7], [0.3, 0.4, 0.3]], "chosen": ids}
+        content |= {"kind": "token", "p": 0.2}
         (tmp_path / task / "scores.json").write_text(json.dumps(content))
     folders = [str(tmp_path / task) for task in chosen]
     results.main(["--experts", *folders, str(tmp_path / "esft.svg")])
     svg = ElementTree.parse(tmp_path / "esft.svg")
     words = [text.text for text in svg.iter(f"{SVG}text")]
-    rows = [word for word in words if word.startswith("layer")]
-    assert rows == [f"layer {i} {task}" for i in range(2) for task in chosen]
-    assert words[0].startswith("Experts chosen: 3 for kinship_new, 3 for cipher_new")
+    rows = [word for word in words if ", layer" in word]
+    assert rows == [f"{task}, layer {i}" for task in chosen for i in range(2)]
+    assert words[0].endswith("a layer's most used, until they have 20% of its choices")
+    assert words[1].startswith("3 for kinship_new, 3 for cipher_new. Colour: an expert's share")
+    assert words[1].endswith(", 70.0% at most")
     outlined = [
         r[0].text.split(":")[0] for r in svg.iter(f"{SVG}rect") if r.get("class") == "chosen"
     ]
     expected = [
-        f"layer {i} {task}, column {e}"
-        for i in range(2)
+        f"{task}, layer {i}, column {e}"
         for task in chosen
+        for i in range(2)
         for e in sorted(chosen[task][i])
     ]
     assert outlined == expected
+
+    content = json.loads((tmp_path / "cipher_new" / "scores.json").read_text()) | {"p": 0.3}
+    (tmp_path / "cipher_new" / "scores.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="the runs chose by different rules"):
+        results.main(["--experts", *folders, str(tmp_path / "esft.svg")])
 
 
 def test_the_rows_of_the_sweep_have_names_of_their_own():
