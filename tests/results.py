@@ -549,7 +549,7 @@ def frontier(results: Results) -> str | None:
         return None
     before = results.rows[0]["kept_before"]
     plot = pictures.plot(
-        "Dots: learning rates (seed 0). Rings: means of 5 seeds at the chosen rate, with errors",
+        "Dots: rates (seed 0). Rings: the chosen one, mean of 5 seeds ± standard error",
         lines,
         pictures.Axis(
             f"wrong answers on the new tasks, % (fewer to the right; {LEAST}: or less)",
