@@ -4,8 +4,8 @@
     x = x + attention(norm(x));  x = x + moe(norm(x))          num_hidden_layers times
     logits = lm_head(norm(x))
 
-The three are one network with switches, read from the checkpoint's own config.json (the first one
-from its model_type):
+The three are one network with switches, which the checkpoint's own config.json sets (the first one
+by its model_type):
 
                                               OLMoE               Mixtral    Qwen3-MoE
     norm of queries and keys                  over all heads      none       over each head

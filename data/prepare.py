@@ -384,16 +384,11 @@ def main(argv=None):
     if args.name not in DATA and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.A):
         names = ", ".join([*DATA, *MODELS])
         parser.error(f"{run.shown(args.name)} is none of {names}, and no owner/model")
-    try:
-        with run.last_words(lambda: KEPT):
-            if args.name in DATA:
-                get_data(args.name, args.out, args.source.rstrip("/"))
-            else:
-                get_model(repo, args.out)
-    except OSError as error:
-        if error.errno and error.filename is None:  # a full disk does not say which
-            error.filename = str(args.out)
-        raise
+    with run.last_words(lambda: KEPT), run.naming(args.out):
+        if args.name in DATA:
+            get_data(args.name, args.out, args.source.rstrip("/"))
+        else:
+            get_model(repo, args.out)
 
 
 if __name__ == "__main__":

@@ -523,7 +523,8 @@ def naming(path):
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
+        if error.errno and error.filename is None:
+            error.filename = str(path)
         raise
 
 

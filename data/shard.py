@@ -15,9 +15,9 @@ of them. What a caller must know:
     share filled from the files (data/hub.py). Saving gathers one parameter at a time; process 0
     writes.
 
-Ctrl-C goes to torchrun, which passes it on: all finish the same step, save it, and --resume goes on
-from it. torchrun waits 30 seconds for that. When a process is killed the others say so in a line,
-which torchrun's report, the last thing on the screen, quotes, unless it stopped them before.
+Ctrl-C goes to torchrun, which passes it on: all finish the same step and save it, for --resume to
+go on there. torchrun waits 30 seconds for that. When a process is killed the others say so in a
+line, which torchrun's report, the last thing on the screen, quotes, unless it stopped them before.
 
 Frozen bfloat16 weights and float32 adapters may stand in one block (they travel as bytes); what
 trains has one dtype.

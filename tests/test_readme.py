@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import results
 import torch
+from test_model import QWEN3_30B_A3B
 
 import perft
 import train
@@ -300,22 +301,6 @@ def test_why_esft_forgets_less_is_two_rows_of_the_sweep():
     assert said in " ".join(README.split()).replace(" %", "%")
     full, ours = mean(found, "full all", "kept"), mean(found, "esft_token p 0.2", "kept")
     assert abs(full - ours) < 2 < full - mean(found, "esft_token random", "kept")
-
-
-# of the published config.json files
-QWEN3_30B_A3B = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-}
 
 
 def test_the_memory_of_real_models_is_what_a_run_says_first(monkeypatch, capsys):
