@@ -86,7 +86,7 @@ def train(args):
     data = dataset.load_data(args, tokenizer, config.max_position_embeddings)
 
     # what trains
-    edit, notes, esft_scores = prepare(args, config, tokenizer, data)
+    edit, notes, esft_scores = edit_for(args, config, tokenizer, data)
     check_memory(args, config, edit)
     model = build(args, config, edit)
     optimizer = make_optimizer(model, args)
@@ -107,7 +107,7 @@ def train(args):
     log = open_folder(content, first)
 
     # train, save, measure again
-    with last_words(lambda: what_is_where(settings)):
+    with explaining_end(lambda: what_is_where(settings)):
         log.write(event=event, **record)
         if esft_scores and processes.RANK == 0:
             esft.save_scores(model, Path(args.out), *esft_scores)
@@ -120,7 +120,7 @@ def train(args):
             raise run.Stopped("", 128 + noted[0])
         processes.meet()  # the first process has written it
         log.write(event="after", **measured("after"))
-        finish(settings, log, begun)
+        close_run(settings, log, begun)
 
 
 # The loop ----------------------------------------------------------------------------------------
@@ -267,14 +267,14 @@ def compile_blocks(model):
 # What a variant does to the base -----------------------------------------------------------------
 
 
-def prepare(args, config, tokenizer, data):
+def edit_for(args, config, tokenizer, data):
     """-> edit(model), which attaches what trains, before the model has memory, and returns it;
     notes to print; and of ESFT what esft.save_scores saves."""
     if args.variant == "scratch":
         return lambda model: model.requires_grad_(True), [], None
     hub.Tensors(args.base or EMBEDDED).check_sizes(config)
     if args.variant in ESFT:
-        return prepare_esft(args, config, tokenizer, data)
+        return edit_for_esft(args, config, tokenizer, data)
     options = adapter_options(args)
     if args.experts:
         options["experts"] = esft.read_choice(args.experts, config).experts
@@ -286,7 +286,7 @@ def prepare(args, config, tokenizer, data):
     return edit, perft.warnings_for(PerftConfig(**options), config), None
 
 
-def prepare_esft(args, config, tokenizer, data):
+def edit_for_esft(args, config, tokenizer, data):
     """Score the experts, and choose unless a file says which."""
     choice = None
     if args.experts not in (None, "random"):
@@ -653,7 +653,7 @@ def check_inert(model, optimizer, counts):
 
 
 @contextmanager
-def last_words(text):
+def explaining_end(text):
     """What text() says, where things are and how to go on, is told to who stops the work inside, or
     has too little memory for it, or lost another process."""
     try:
@@ -847,9 +847,8 @@ def save(args, model):
             shutil.copy(file, out / "model")
 
 
-def finish(args, log, begun):
-    """Close the run. The state goes last: a run that is cut off before goes on from it and comes
-    here again."""
+def close_run(args, log, begun):
+    """The state goes last: a run that is cut off before goes on from it and comes here again."""
     peak, seconds = peak_memory(args.device), time.perf_counter() - begun
     text = f"took {seconds:,.0f} s and at most {peak / 1e9:.2f} GB of memory"
     log.write(text, event="memory", seconds=seconds, peak=peak)
@@ -1160,11 +1159,11 @@ def main(argv=None):
     out = Path(args.out)
     does = "goes on" if args.resume else "begins again"
     nothing = f"nothing was written, the same command {does}"
-    with run.locked(out), last_words(lambda: nothing):
+    with run.locked(out), explaining_end(lambda: nothing):
         run.check_run_folder(out, args.resume, args.overwrite, RUN_FILES)
         args.device = processes.start(args.device)
         train(args)
-    with last_words(lambda: what_is_where(args)):
+    with explaining_end(lambda: what_is_where(args)):
         processes.stop()
 
 

@@ -443,7 +443,7 @@ def test_three_steps_equal_three_steps_written_out_by_hand(run, base, case):
     args = arguments(base, *SHORT, *flags, variant=variant)
     config, tokenizer = eval.load_config(args.base)
     data = dataset.load_data(args, tokenizer, config.max_position_embeddings)
-    edit, _, _ = train.prepare(args, config, tokenizer, data)
+    edit, _, _ = train.edit_for(args, config, tokenizer, data)
     model = train.build(args, config, edit)
     lengths = {}
     for row in skills.sample(args.task, "train", 20, 5):
