@@ -458,7 +458,7 @@ CLAIMS = [
         "contradicted: four times as many learn 2 points more and keep 5 more",
     ),
     Claim(
-        "More adapters under the same K are better",
+        "More adapters, of which a token picks as many, are better",
         "in its grid",
         ("perft_r Top2/4 r16", "perft_r Top2/8 r16"),
         "shown: keeps 9 points more, with twice the parameters",

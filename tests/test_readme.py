@@ -162,9 +162,8 @@ def test_the_size_of_the_embedded_model_is_as_told():
     with torch.device("meta"):
         model = MoETransformer(config)
     total = sum(p.numel() for p in model.parameters())
-    assert f"{total / 1e6:.1f} M parameters, {config.num_experts} experts" in " ".join(
-        README.split()
-    )
+    layers = f"{config.num_hidden_layers} layers of {config.num_experts} experts"
+    assert f"{total / 1e6:.1f} M parameters, {layers}" in " ".join(README.split())
     assert (
         f"{total:,} parameters ({active_parameters(config):,} active for a token)"
         in PAGES["data/README.md"]
