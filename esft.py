@@ -32,10 +32,9 @@ rows, L layers, n chosen experts of a layer.
 
 Traps of the authors' training code, avoided here: bfloat16 weights at a learning rate of 1e-5, of
 which 85 to 90 % never move (hence the masters); packing that keeps only the tails of samples, lets
-attention cross between them and appends a row of padding whose loss is NaN; 500 steps of batch 32,
-which are 142 epochs of the intent set and 286 of the smallest, law; a script, for some months, that
-normalised over the layers instead of the experts. Added to the paper: gate_share. Left out: shared
-experts, which neither OLMoE nor Mixtral has.
+attention cross between them and appends a row of padding whose loss is NaN; a script, for some
+months, that normalised over the layers instead of the experts. Added to the paper: gate_share. Left
+out: shared experts, which none of the three models has.
 
     python esft.py        the lesson: which experts the skills of the embedded world use, and how
                           little they share
@@ -68,7 +67,7 @@ from perft import check_experts, config_of, finish, freeze_base, train_master
 
 CONFIG, WEIGHTS = "expert_cfg.json", "expert_weights.safetensors"
 SCORES, PICTURE = "scores.json", "scores.svg"
-Choice = list[list[int]]  # of each layer the ids of the chosen experts, best first
+Chosen = list[list[int]]  # of each layer the ids of the chosen experts, best first
 
 
 class Usage(NamedTuple):
@@ -121,7 +120,7 @@ def expert_scores(counts, gate_sums, n_tokens: int, top_k: int, kind="token") ->
 # Selection ---------------------------------------------------------------------------------------
 
 
-def select_experts(scores: torch.Tensor, p: float) -> Choice:
+def select_experts(scores: torch.Tensor, p: float) -> Chosen:
     """The chosen experts of each layer, best first."""
     if not 0 < p <= 1:
         raise ValueError(f"p is {p}; it must be more than 0 and at most 1")
@@ -154,7 +153,7 @@ def warnings_for(scores, p):
 # Two controls, which the paper compares with. Nothing else needs them.
 
 
-def random_experts(chosen: Choice, num_experts: int, seed: int) -> Choice:
+def random_experts(chosen: Chosen, num_experts: int, seed: int) -> Chosen:
     """Does it matter which experts are chosen? As many of each layer, drawn from all of them."""
     rng = random.Random(seed)
     return [rng.sample(range(num_experts), len(ids)) for ids in chosen]
@@ -166,11 +165,11 @@ def bind_groups(scores: torch.Tensor, G: int) -> torch.Tensor:
     members of a group are alike by chance only."""
     L, E = scores.shape
     if G < 1 or E % G != 0:
-        raise ValueError(f"{E} experts cannot be bound into groups of {G}")
+        raise ValueError(f"bind_groups is {G}; it must divide the number of experts, {E}")
     return scores.double().view(L, E // G, G).sum(-1)
 
 
-def select_groups(scores: torch.Tensor, p: float, G: int) -> Choice:
+def select_groups(scores: torch.Tensor, p: float, G: int) -> Chosen:
     """select_experts of whole groups -> the members of those that are chosen."""
     chosen = []
     for groups in select_experts(bind_groups(scores, G), p):
@@ -190,7 +189,8 @@ class ChosenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, bank, masters, ends):
-        # the masters' values are not needed, but a step on them before backward must be found out
+        # the masters are saved, though the bank has their values, so that autograd refuses a step
+        # on them before backward
         ctx.save_for_backward(rows, bank, masters, ends)
         return grouped_mm(rows, bank.mT, ends)
 
@@ -253,7 +253,8 @@ class ChosenExperts(nn.Module):
     def fill_bank(self):
         """Copy the masters into the bank, also where both are cut over processes."""
         for bank, masters in self.stacks():
-            # .data: autograd need not know, a pass that waits for its backward reads equal values
+            # .data hides the copy from autograd: where a backward is still to come, the values are
+            # equal
             held = bank.data
             first = 0
             if hasattr(bank, "to_local"):  # cut over processes
@@ -283,12 +284,12 @@ def fill_banks(model, inputs=None):
 class EsftConfig(NamedTuple):
     """What trains: the content of expert_cfg.json."""
 
-    experts: Choice
+    experts: Chosen
     train_router: bool = False  # the routers too
     train_non_experts: bool = False  # everything but the other experts
 
 
-def apply_esft(model, chosen: Choice, train_router=False, train_non_experts=False):
+def apply_esft(model, chosen: Chosen, train_router=False, train_non_experts=False):
     """Freeze `model`, let the chosen experts of each layer train, in place, and return it.
 
     The two options are the paper's section 6.3: a little more on the task, less kept of everything
@@ -326,7 +327,7 @@ def describe_choice(chosen, usage):
 # elsewhere; what is known of folders is in data/hub.py, and is imported where it is used.
 
 
-def read_choice(path: str | Path, base) -> EsftConfig:
+def read_config(path: str | Path, base) -> EsftConfig:
     """An expert_cfg.json, released or ours -> what it lets train; ValueError if this base (a
     model.Config) cannot do that."""
     from data import run
@@ -374,16 +375,16 @@ def load(model, folder: str | Path):
     """Attach what `save` wrote to its base, in place, and return the model in eval mode.
 
     ValueError, naming both sides, the model untouched, for another base, for tensors that are not
-    those of the choice, and for numbers that are none.
+    those of the chosen experts, and for numbers that are none.
     """
     from data import hub
 
     path = Path(folder) / CONFIG
     hub.check_fingerprint(path, model.config)
-    choice = read_choice(path, model.config)
+    config = read_config(path, model.config)
 
     def edit(plain):
-        return apply_esft(plain, *choice)
+        return apply_esft(plain, *config)
 
     return hub.attach_trained(model, path, WEIGHTS, edit, trained_places)
 
@@ -448,12 +449,12 @@ def main(argv=None):
     from data import hub
     from model import MoETransformer
 
-    def trained(base, dtype, folder):
+    def attach(base, dtype, folder):
         # of what was saved by hand no run says the dtype: in float32 nothing is rounded
         return load(MoETransformer.from_pretrained(base, dtype or torch.float32), folder)
 
     about = "write what a run trained, in its base, as a Hugging Face folder"
-    hub.main_of(argv, lesson, "export", about, trained)
+    hub.lesson_or_write(argv, lesson, "export", about, attach)
 
 
 if __name__ == "__main__":

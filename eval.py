@@ -703,8 +703,8 @@ def question_of(values):
     return LIKELIHOOD if values.get("method") == "likelihood" else GENERATE
 
 
-def command_of(given):
-    """For run.read_flags: defaults are the settings of the run that made the adapter."""
+def decide(given):
+    """Of run.read_flags: defaults, those of the run that made the adapter, and absent flags."""
     question = question_of(given)
     trained = settings_of_run(given.get("adapter"))
     defaults = {name: trained[name] for name in ("base", "dtype") if trained.get(name)}
@@ -739,7 +739,7 @@ def parse_args(argv=None):
     args = run.read_flags(
         FLAGS,
         argv,
-        command_of,
+        decide,
         usage="python eval.py [--prompt TEXT | --chat TEXT | --tasks NAME ...] [options]",
         description="How good is a model? eval.py's first page says what is measured, and how.",
     )

@@ -32,8 +32,7 @@ checkpoint is refused, not approximated).
     python model.py FOLDER        what is in a model folder: configuration, parameters, active ones
 """
 
-# Before torch, whose import takes seconds: from this line on Ctrl-C ends with one line of text.
-from data import run
+from data import run  # first: from here on Ctrl-C is one line
 
 # isort: split
 import json
@@ -49,7 +48,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import decode, hub
-from data import shard as processes  # the model over several of them; alone it does nothing
+from data import shard as processes  # of which one may be all: then it does nothing
 from moe import MoE, Routing
 
 DTYPES = hub.DTYPES  # what a base may be loaded in
@@ -232,11 +231,11 @@ def visible_keys(positions, end, attention_mask):
 
 
 def find_targets(labels, device):
-    """What is predicted where: labels (B, T), -100 where there is none -> positions (n,) among the
-    N = B*T tokens, and the label that each of them predicts (n,), on `device`.
+    """What is predicted where: labels (B, T), -100 where there is none -> which of the N =
+    B*T tokens predict one, and what they predict, (n,) each, on `device`.
 
         labels      [7, -100, 8, 9]
-        positions   [1, 2]              position t predicts the label at t + 1: nothing predicts
+        predicting  [1, 2]              position t predicts the label at t + 1: nothing predicts
         predicted   [8, 9]              the first, and the last predicts nothing
 
     No other position is worth its logits. How many there are decides shapes, so a search on the GPU
@@ -244,25 +243,25 @@ def find_targets(labels, device):
     is sent without waiting.
     """
     following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # [-100, 8, 9, -100]
-    positions = (following != -100).nonzero()[:, 0]
-    targets = positions, following[positions]
+    predicting = (following != -100).nonzero()[:, 0]
+    targets = predicting, following[predicting]
     if device.type == "cuda" and labels.is_cpu:
         return [t.pin_memory().to(device, non_blocking=True) for t in targets]
     return targets
 
 
-def chunk_loss(x, weight, labels):
-    """x (n, D), weight (V, D), labels (n,) -> the sum of -log softmax(x weight^T)[label], float32
-    (float64 of a model that is)."""
+def chunk_loss(x, weight, predicted):
+    """x (n, D), weight (V, D), predicted (n,) -> the sum of -log softmax(x weight^T)[predicted],
+    float32 (float64 of a model that is)."""
     logits = F.linear(x, weight.to(x.dtype))
     precise = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(precise), labels, reduction="sum")
+    return F.cross_entropy(logits.to(precise), predicted, reduction="sum")
 
 
 CHUNK = 1024  # rows: with OLMoE's 50,304 logits each, 0.2 GB in passing
 
 
-def summed_cross_entropy(x, weight, labels):
+def summed_cross_entropy(x, weight, predicted):
     """chunk_loss of all rows, in memory for CHUNK.
 
     n rows of V logits would dwarf all other activations (196 KiB a token for OLMoE). So no more
@@ -270,11 +269,11 @@ def summed_cross_entropy(x, weight, labels):
     backward pass makes them again, which takes 2 to 4 % of a whole OLMoE-sized step.
     """
     if len(x) <= CHUNK:
-        return chunk_loss(x, weight, labels)
+        return chunk_loss(x, weight, predicted)
     if weight.requires_grad:  # then its gradient is summed over the chunks in float32
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     total = 0
-    for rows, ids in zip(x.split(CHUNK), labels.split(CHUNK)):
+    for rows, ids in zip(x.split(CHUNK), predicted.split(CHUNK)):
         total = total + checkpoint(
             chunk_loss, rows, weight, ids, use_reentrant=False, preserve_rng_state=False
         )
@@ -291,12 +290,13 @@ class Output(NamedTuple):
 
 
 class MoETransformer(nn.Module):
-    """checkpoint_activations: keep only the inputs of the blocks, and run each again in the
-    backward pass: less memory, a third more time, the same numbers bit for bit."""
+    """Embedding, blocks, norm, and the head that gives logits."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        # True: keep only the inputs of the blocks, and run each again in the backward pass: less
+        # memory, a third more time, the same numbers bit for bit
         self.checkpoint_activations = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -405,7 +405,8 @@ class MoETransformer(nn.Module):
                     which are drawn at once, in memory, on the CPU
             cut     each of several processes keeps its share of every parameter (data/shard.py)
             memory  for the parameters that have none yet; the new ones move to the device
-            fill    each tensor of the files goes to its place, a parameter or part of one
+            fill    each tensor of the files goes to its hub.Place: a parameter, a matrix of a
+                    stack, or half of one
 
         FileNotFoundError or ValueError, in one line, for a folder that cannot be used.
         """

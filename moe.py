@@ -23,9 +23,9 @@ used are computed from; nothing is left on a module for somebody else to find.
 Shapes: B batch, T time, N = B*T tokens, D hidden_size, F intermediate_size (F_ in code, where F is
 torch's), E num_experts, K experts per token, R = N*K rows, one for each expert of each token.
 
-Names: "gate" means one thing here, the half W_gate of an expert, whose silu multiplies the other
-half. What Hugging Face's files call `gate` is `router` here, and the "gate scores" of ESFT's paper
-are the router's weights.
+Names: a "gate" in this file is the half W_gate of an expert, whose silu multiplies the other half.
+What Hugging Face's files call `gate` is `router` here, and the "gate scores" of ESFT's paper are
+the router's weights.
 
 Against the papers: jitter noise, capacity limits and token dropping are left out; none of the three
 models uses them. Against transformers: the routing weight multiplies before the down projection (on
@@ -98,8 +98,8 @@ def experts_loop(x, routing: Routing, gate_up_proj, down_proj):
 #     rows = (silu(gate) * up * weight) W_down^T      as above
 #     y[n] = the sum of the K rows of token n
 #
-# A token has K slots, one for each expert that it chose. The R = N*K pairs (token, slot) are
-# counted token by token, then sorted by expert. With N = 2, K = 2, E = 3 and selected_experts
+# A token has K slots, one for each expert that it chose. The R = N*K choices, pairs (token, slot),
+# are counted token by token, then sorted by expert. With N = 2, K = 2, E = 3 and selected_experts
 # [[2, 0], [0, 1]] (token 0 chose the experts 2 and 0, token 1 chose 0 and 1):
 #
 #     pair              0        1        2        3
@@ -193,8 +193,8 @@ class Combine(torch.autograd.Function):
 
 
 def packed(rows):
-    """F.grouped_mm wants strides of exactly (width, 1). A gradient may have others, after a sum 0;
-    and a single row counts as contiguous whatever its stride, which the view resets."""
+    """F.grouped_mm wants strides of exactly (width, 1). A gradient may have others (that of a sum
+    has 0); and a single row counts as contiguous whatever its stride, which the view resets."""
     return rows.contiguous().view(-1).view(rows.shape)
 
 
@@ -205,7 +205,8 @@ def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Te
     a (R, in), b (E, in, out) -> (R, out): the rows of group e times b[e].
     a (p, R), b (R, q) -> (E, p, q): the columns of group e times the rows of group e.
 
-    The second is the gradient of the first one's b. `ends` may leave out the last groups there.
+    The second is the gradient of the first one's b. `ends` may leave out the last groups there:
+    their matrices are not made.
     """
     of_weight = b.dim() == 2
     a = packed(a.t()).t() if of_weight else packed(a)
@@ -228,7 +229,7 @@ def rows_in_turn(a, b, ends):
 
 
 def columns_in_turn(a, b, ends):
-    groups = zip(a.tensor_split(ends, dim=1), b.tensor_split(ends)[:-1])  # -1: behind the last end
+    groups = zip(a.tensor_split(ends, dim=1), b.tensor_split(ends)[:-1])  # not what is left over
     products = [columns.double() @ rows.double() for columns, rows in groups]
     return torch.stack(products).to(a.dtype)
 

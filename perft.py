@@ -59,10 +59,6 @@ perft_e together with another.
 To add a variant: its name in PERFT, its line in PerftMoE.forward, its M in Adapters, what a token
 meets in share_met, and its flags and learning rate in train.py.
 
-To attach this to a model of your own, take moe.py and this file along. The model needs `layers`,
-each with a `moe` (and `self_attn.q_proj`, `v_proj` for lora_qv), `norm.weight`, and a `config` with
-num_hidden_layers, hidden_size, num_experts, num_experts_per_tok and norm_topk_prob.
-
     python perft.py        the lesson: what each variant trains
     python perft.py merge RUN_FOLDER NEW_FOLDER [BASE]
                            a LoRA that train.py or PEFT saved, in its base, as a Hugging Face
@@ -212,15 +208,15 @@ class LowRank(nn.Module):
             nn.init.uniform_(self.A, -bound, bound)
             nn.init.zeros_(self.B)
 
-    def of_experts(self, dtype):
-        """A and B of all experts, for rows that are sorted by expert; of a rank that F.grouped_mm
-        takes in any dtype."""
+    def padded_stacks(self, dtype):
+        """A and B for all E experts, of a rank filled up with zeros to a multiple of 8: with that
+        F.grouped_mm takes them in any dtype (moe.grouped_mm)."""
         pad = (-self.A.shape[1]) % 8
         A = F.pad(self.A.to(dtype), (0, 0, 0, pad))
         B = F.pad(self.B.to(dtype), (0, pad))
-        return self.for_all_experts(A), self.for_all_experts(B)
+        return self.full_stack(A), self.full_stack(B)
 
-    def for_all_experts(self, stack):
+    def full_stack(self, stack):
         """A or B -> (E, ., .): a single one is repeated, an expert that has none gets zeros."""
         E = self.num_experts
         if self.experts is None:
@@ -260,17 +256,17 @@ class Adapters(LowRank):
             return product(self.drop(x), *operands) * self.scale
         return F.silu(self.drop(product(x, *operands)))
 
-    def forward(self, x, gate):
-        """sum over j of gate_j Delta_j(x), all M computed.
+    def forward(self, x, weights):
+        """sum over j of weights_j Delta_j(x), all M computed.
 
-        x (N, D), gate (N, M) or None for weight 1 -> (N, D)
+        x (N, D), weights (N, M) or None for weight 1 -> (N, D)
         """
         M, r, D = self.A.shape
         A = self.A.to(x.dtype).reshape(M * r, D)
         B = self.B.to(x.dtype).transpose(1, 2).reshape(M * r, D)
         hidden = self.bottleneck(x, F.linear, A)  # (N, M*r)
-        if gate is not None:
-            hidden = hidden * gate.repeat_interleave(r, dim=1)
+        if weights is not None:
+            hidden = hidden * weights.repeat_interleave(r, dim=1)
         return hidden @ B
 
     def beside_experts(self, x, routing):
@@ -279,7 +275,7 @@ class Adapters(LowRank):
 
         x (N, D), routing of the experts -> (N, D)
         """
-        A, B = self.of_experts(x.dtype)
+        A, B = self.padded_stacks(x.dtype)
         order = sort_by_expert(routing.selected_experts, self.num_experts)
         hidden = self.bottleneck(x, GatheredProduct.apply, A, order)  # (R, r)
         hidden = hidden * weight_of_rows(routing, order)
@@ -327,19 +323,19 @@ class PerftMoE(nn.Module):
             added = self.adapters.beside_experts(flat, routing)
         elif self.variant == "perft_r":
             own = self.adapters.router(flat)
-            added = self.adapters(flat, self.gate_of_adapters(own, routing))
+            added = self.adapters(flat, self.weights_of_adapters(own, routing))
             routing = PerftRouting(*routing, own)
         else:  # perft_s, perft_d: every adapter, weight 1
             added = self.adapters(flat, None)
         return (y + added).view_as(x), routing
 
-    def gate_of_adapters(self, own, routing):
+    def weights_of_adapters(self, own, routing):
         """(N, M): the weights of the adapters that their own router chose, 0 for the others."""
-        weights = own.routing_weights  # (N, top_k)
+        of_chosen = own.routing_weights  # (N, top_k)
         if self.adapter_weights == "base":  # as in the released OLMoE code
-            weights = routing.routing_weights[:, : weights.shape[1]]
-        gate = weights.new_zeros(own.router_logits.shape)
-        return gate.scatter(1, own.selected_experts, weights)
+            of_chosen = routing.routing_weights[:, : of_chosen.shape[1]]
+        weights = of_chosen.new_zeros(own.router_logits.shape)
+        return weights.scatter(1, own.selected_experts, of_chosen)
 
 
 # LoRA --------------------------------------------------------------------------------------------
@@ -348,18 +344,18 @@ class PerftMoE(nn.Module):
 class LoraLinear(LowRank):
     """A frozen linear map plus (dropout(x) A^T) B^T * alpha/r (LoRA, arXiv 2106.09685)."""
 
-    def __init__(self, base, config):
+    def __init__(self, linear, config):
         r = config.rank
-        super().__init__(config, (r, base.in_features), (base.out_features, r))
-        self.weight = base.weight  # it keeps its name
+        super().__init__(config, (r, linear.in_features), (linear.out_features, r))
+        self.weight = linear.weight  # it keeps its name
 
     def forward(self, x):
         hidden = F.linear(self.drop(x), self.A.to(x.dtype))
         delta = F.linear(hidden, self.B.to(x.dtype))
         return F.linear(x, self.weight) + delta * self.scale
 
-    def plain(self):
-        """What takes this one's place in a merged model. The base's weight is changed in place."""
+    def merged(self):
+        """Fold A and B into the base's weight, in place -> the module without them."""
         self.weight += self.B @ self.A * self.scale
         plain = nn.Linear(*self.weight.shape[::-1], bias=False, device="meta")
         plain.weight = self.weight
@@ -390,7 +386,7 @@ class LoraExperts(nn.Module):
     def gate_up(self, x, order):
         """x (N, D) -> (R, 2F)."""
         lora = self.gate_up_lora
-        A, B = lora.of_experts(x.dtype)
+        A, B = lora.padded_stacks(x.dtype)
         hidden = GatheredProduct.apply(lora.drop(x), A, order) * lora.scale  # (R, r)
         rows = GroupedProduct.apply(Dispatch.apply(x, order), self.gate_up_proj, order.ends)
         return rows + GroupedProduct.apply(hidden, B, order.ends)
@@ -398,13 +394,13 @@ class LoraExperts(nn.Module):
     def down(self, rows, order):
         """(R, F) -> (R, D)."""
         lora = self.down_lora
-        A, B = lora.of_experts(rows.dtype)
+        A, B = lora.padded_stacks(rows.dtype)
         hidden = GroupedProduct.apply(lora.drop(rows), A, order.ends) * lora.scale  # (R, r)
         rows = GroupedProduct.apply(rows, self.down_proj, order.ends)
         return rows + GroupedProduct.apply(hidden, B, order.ends)
 
-    def plain(self):
-        """What takes this one's place in a merged model. The base's stacks are changed in place."""
+    def merged(self):
+        """Fold A and B into the base's stacks, in place -> the module without them."""
         with torch.device("meta"):
             plain = Experts(*self.down_proj.shape)
         plain.gate_up_proj, plain.down_proj = self.gate_up_proj, self.down_proj
@@ -412,7 +408,7 @@ class LoraExperts(nn.Module):
             (self.gate_up_proj, self.gate_up_lora),
             (self.down_proj, self.down_lora),
         ):
-            for W, A, B in zip(stack, *lora.of_experts(torch.float32)):
+            for W, A, B in zip(stack, *lora.padded_stacks(torch.float32)):
                 W += B @ A * lora.scale
         return plain
 
@@ -503,30 +499,29 @@ class Trained(NamedTuple):
     """One line of the table of what trains: the same parameter of every layer."""
 
     module: str  # with * for the layer
-    count: int
     shape: str  # 1x16x128; "" if they differ
+    count: int
     parameters: int
     activated: int  # of them, those that one token meets
 
 
 def what_trains(model) -> list[Trained]:
-    """The trainable parameters, one line a kind."""
-    kinds = {}
+    """The trainable parameters, one line for the same parameter of all layers."""
+    modules = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            kind = re.sub(r"\.\d+\.", ".*.", name)
+            module = re.sub(r"\.\d+\.", ".*.", name)
             shape = "x".join(map(str, p.shape))
             met = round(p.numel() * share_met(model, name, p))
-            kinds.setdefault(kind, []).append(Trained(kind, 1, shape, p.numel(), met))
-    return [summed(kind, rows) for kind, rows in kinds.items()]
+            modules.setdefault(module, []).append(Trained(module, shape, 1, p.numel(), met))
+    return [summed(module, rows) for module, rows in modules.items()]
 
 
 def summed(module, rows):
     """Several lines as one."""
-    shapes = {row.shape for row in rows}
-    shape = shapes.pop() if len(shapes) == 1 else ""
-    count, parameters, activated = (sum(row[i] for row in rows) for i in (1, 3, 4))
-    return Trained(module, count, shape, parameters, activated)
+    _, shapes, *numbers = zip(*rows)
+    shape = shapes[0] if len(set(shapes)) == 1 else ""
+    return Trained(module, shape, *map(sum, numbers))
 
 
 def share_met(model, name, p):
@@ -563,8 +558,10 @@ def report(model) -> str:
 
 # Saved, loaded, merged ---------------------------------------------------------------------------
 #
-# Attaching and training need moe.py alone, so that both files can be taken elsewhere; what is known
-# of folders is in data/hub.py, and is imported where it is used.
+# To attach adapters to a model of your own, take moe.py and this file along: what only folders need
+# is in data/hub.py, and is imported where it is used. Your model needs `layers`, each with a `moe`
+# (and `self_attn.q_proj`, `v_proj` for lora_qv), `norm.weight`, and a `config` with
+# num_hidden_layers, hidden_size, num_experts, num_experts_per_tok and norm_topk_prob.
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -629,18 +626,21 @@ def merge(model):
     ValueError for every other variant: an adapter beside a non-linear expert is not a change of its
     weights.
     """
-    variant = config_of(model, PerftConfig).variant
+    check_merges(config_of(model, PerftConfig).variant)
+    for module in list(model.modules()):
+        for name, part in list(module.named_children()):
+            if hasattr(part, "merged"):
+                setattr(module, name, part.merged())
+    del model.adapter_config
+    return model
+
+
+def check_merges(variant):
     if variant not in LORA:
         raise ValueError(
             f"{variant} cannot be merged: only LoRA ({', '.join(LORA)}) is a change of weights; "
             "what stands beside the experts, or a router of its own, is a network more"
         )
-    for module in list(model.modules()):
-        for name, part in list(module.named_children()):
-            if hasattr(part, "plain"):
-                setattr(module, name, part.plain())
-    del model.adapter_config
-    return model
 
 
 # The lesson --------------------------------------------------------------------------------------
@@ -693,14 +693,15 @@ def main(argv=None):
     from data import hub
     from model import Config, MoETransformer
 
-    def merged(base, dtype, folder):
+    def attach(base, dtype, folder):
+        adapter = hub.read_adapter_config(folder / CONFIG, Config.from_folder(base))
+        check_merges(adapter["variant"])  # before the base is read, which may take minutes
         if dtype is None:  # of what PEFT saved no run says it: as in the base's own files
-            Config.from_folder(base)  # says what is wrong with a folder that is no base
             dtype = hub.Tensors(base).widest_dtype()
         return merge(load_adapter(MoETransformer.from_pretrained(base, dtype), folder))
 
     about = "fold a LoRA into its base's weights, and write them as a Hugging Face folder"
-    hub.main_of(argv, lesson, "merge", about, merged)
+    hub.lesson_or_write(argv, lesson, "merge", about, attach)
 
 
 if __name__ == "__main__":

@@ -92,17 +92,17 @@ def train(args):
     optimizer = make_optimizer(model, args)
 
     # what will be done
-    settings = Namespace(**settings_of(args, config, data))  # the flags, and none left open
+    settings = settings_of(args, config, data)  # the flags, and none left open
     content = vars(settings) | facts_of(model, data)
     warnings = [f"warning: {note}" for note in [*notes, *advice(settings)]]
     print(configuration_text(settings), *data.notes, *warnings, perft.report(model), sep="\n")
 
     # begin, or go on
-    measured = partial(measure, settings, model, tokenizer, data)
+    measure_when = partial(measure, settings, model, tokenizer, data)
     if args.resume:
         event, record = "resumed", restore(content, model, optimizer)
     else:
-        event, record = "before", measured("before")
+        event, record = "before", measure_when("before")
     first = int(optimizer.done)
     log = open_folder(content, first)
 
@@ -112,28 +112,28 @@ def train(args):
         if esft_scores and processes.RANK == 0:
             esft.save_scores(model, Path(args.out), *esft_scores)
         batches = dataset.batches(settings, data, tokenizer, first)
-        between = partial(measure_between, settings, data, measured, log)
+        after_step = partial(measure_after, settings, data, measure_when, log)
         with run.noting() as noted:
-            run_steps(settings, model, optimizer, batches, log, noted, between)
+            run_steps(settings, model, optimizer, batches, log, noted, after_step)
             save(settings, model)
         if noted:
-            raise run.Stopped("", 128 + noted[0])
+            raise run.Stopped("", 128 + noted[0])  # explaining_end has the words
         processes.meet()  # the first process has written it
-        log.write(event="after", **measured("after"))
+        log.write(event="after", **measure_when("after"))
         close_run(settings, log, begun)
 
 
 # The loop ----------------------------------------------------------------------------------------
 
 
-def run_steps(args, model, optimizer, batches, log, noted, between):
+def run_steps(settings, model, optimizer, batches, log, noted, after_step):
     """The training loop, from the steps that are done on.
 
-    noted: signals that ask it to stop. between(done): measures, after some of the steps.
+    noted: signals that ask it to stop. after_step(done): measures, after some of the steps.
     """
-    first, steps = int(optimizer.done), args.steps
-    model.checkpoint_activations = args.checkpoint_activations
-    if args.compile:
+    first, steps = int(optimizer.done), settings.steps
+    model.checkpoint_activations = settings.checkpoint_activations
+    if settings.compile:
         compile_blocks(model)
     model.train()
     guard, clock = Guard(model), Clock()
@@ -143,7 +143,7 @@ def run_steps(args, model, optimizer, batches, log, noted, between):
     off = processes.RANK > 0 or None  # None: shown on a terminal
     for step in tqdm(range(first, steps), initial=first, total=steps, disable=off, leave=False):
         batch = next(batches)
-        losses, grad_norm = take_step(args, model, optimizer, guard, batch, step)
+        losses, grad_norm = take_step(settings, model, optimizer, guard, batch, step)
         done = step + 1
         optimizer.done.fill_(done)
         counts += losses.counts
@@ -151,37 +151,39 @@ def run_steps(args, model, optimizer, batches, log, noted, between):
 
         is_last = done == steps
         stopping = processes.total(torch.tensor(len(noted))) > 0 and not is_last
-        saving = (stopping or done % args.save_every == 0) and not is_last
-        logging = done % args.log_every == 0 or is_last
+        saving = (stopping or done % settings.save_every == 0) and not is_last
+        logging = done % settings.log_every == 0 or is_last
         finite = True
         if logging or saving:  # the device is asked now, and in no step between
-            finite = guard.read(args, log, is_last)
+            finite = guard.read(settings, log, is_last)
         if logging and finite:
             seconds_left = clock.left(done - first, steps - done)
-            log_step(args, log, model, batch, step, losses, grad_norm, clock.speed(), seconds_left)
+            log_step(
+                settings, log, model, batch, step, losses, grad_norm, clock.speed(), seconds_left
+            )
             all_learn = all_learn or check_inert(model, optimizer, counts)
         with clock.paused():
-            between(done)
+            after_step(done)
         if saving and finite:
-            save_state(args, model, optimizer, log)
+            save_state(settings, model, optimizer, log)
         if stopping:
-            saved = f"step {done} of {steps} is saved in {args.out}, go on with --resume"
+            saved = f"step {done} of {steps} is saved in {settings.out}, go on with --resume"
             number = noted[0] if noted else signal.SIGTERM  # another process's
             raise run.Stopped(saved if finite else "", 128 + number)
     model.eval()
 
 
-def take_step(args, model, optimizer, guard, batch, step):
+def take_step(settings, model, optimizer, guard, batch, step):
     """-> its losses, and the norm of its gradients."""
     # dropout: the step's own
-    torch.manual_seed((args.seed * 1_000_003 + step + processes.RANK * 7_919) % 2**63)
-    rate = learning_rate(step, args.steps, args)
+    torch.manual_seed((settings.seed * 1_000_003 + step + processes.RANK * 7_919) % 2**63)
+    rate = learning_rate(step, settings.steps, settings)
     for parameters in optimizer.param_groups:
         parameters["lr"] = rate
-    losses = forward_backward(model, batch, args)
+    losses = forward_backward(model, batch, settings)
     # where this is 1, AdamW changes nothing: torch's own way, which its GradScaler takes too
     optimizer.found_inf = guard.look(losses, step + 1)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     optimizer.step()
     optimizer.zero_grad()
     return losses, processes.whole(grad_norm)
@@ -197,34 +199,34 @@ class StepLosses(NamedTuple):
     adapter_counts: torch.Tensor | int = 0  # (L, M)
 
 
-def forward_backward(model, batch, args):
+def forward_backward(model, batch, settings):
     """One step's gradients. Its rows come at once; or in parts, of --micro_batch rows and of each
     process, whose losses add up."""
     n_labels, n_tokens = count_labels(batch.labels), int(batch.mask.sum())
     parts = []
-    for rows in processes.micro_batches(batch, args.micro_batch or args.batch_size):
-        loss, losses = loss_of(model, rows, args, n_labels, n_tokens)
+    for rows in processes.micro_batches(batch, settings.micro_batch or settings.batch_size):
+        loss, losses = loss_of(model, rows, settings, n_labels, n_tokens)
         # sharded gradients are averaged over the processes, and should be summed
         (loss * processes.WORLD).backward()
         parts.append(losses)
     return StepLosses(*map(sum, zip(*parts)))
 
 
-def loss_of(model, rows, args, n_labels, n_tokens):
+def loss_of(model, rows, settings, n_labels, n_tokens):
     """The loss of a step with so many labels and tokens, or of a part of its rows -> loss, with its
     graph; StepLosses."""
     input_ids, labels, mask = rows
-    input_ids, mask = input_ids.to(args.device), mask.to(args.device)
+    input_ids, mask = input_ids.to(settings.device), mask.to(settings.device)
     # labels stay on the CPU, where those that count are found without waiting for the GPU;
     # no attention mask: padding is on the right, where no token sees it
     output = model(input_ids, labels=labels, loss_divisor=n_labels)
     balance, counts = balance_losses(output.routings, mask, n_tokens)
-    loss = output.loss + args.balance * balance.mean()
+    loss = output.loss + settings.balance * balance.mean()
     losses = StepLosses(processes.total(output.loss), processes.total(balance), counts)
-    if args.variant == "perft_r":
+    if settings.variant == "perft_r":
         adapters = [routing.adapter for routing in output.routings]
         balance, counts = balance_losses(adapters, mask, n_tokens)
-        loss = loss + args.adapter_balance * balance.mean()
+        loss = loss + settings.adapter_balance * balance.mean()
         balance = processes.total(balance)
         losses = losses._replace(adapter_balance=balance, adapter_counts=counts)
     return loss, losses
@@ -250,11 +252,11 @@ def count_labels(labels):
     return int((labels[:, 1:] != -100).sum())
 
 
-def learning_rate(step, steps, args):
-    """Linear warm-up to args.lr, linear decay to 0 after the last step."""
-    warm = (step + 1) / args.warmup
-    decayed = (steps - step) / max(steps - args.warmup, 1)
-    return args.lr * min(warm, decayed, 1.0)
+def learning_rate(step, steps, settings):
+    """Linear warm-up to settings.lr, linear decay to 0 after the last step."""
+    warm = (step + 1) / settings.warmup
+    decayed = (steps - step) / max(steps - settings.warmup, 1)
+    return settings.lr * min(warm, decayed, 1.0)
 
 
 def compile_blocks(model):
@@ -277,7 +279,7 @@ def edit_for(args, config, tokenizer, data):
         return edit_for_esft(args, config, tokenizer, data)
     options = adapter_options(args)
     if args.experts:
-        options["experts"] = esft.read_choice(args.experts, config).experts
+        options["experts"] = esft.read_config(args.experts, config).experts
 
     def edit(model):
         torch.manual_seed(args.seed)  # adapters start alike on every device
@@ -288,36 +290,33 @@ def edit_for(args, config, tokenizer, data):
 
 def edit_for_esft(args, config, tokenizer, data):
     """Score the experts, and choose unless a file says which."""
-    choice = None
+    esft_config = None
     if args.experts not in (None, "random"):
-        choice = esft.read_choice(args.experts, config)
-    elif config.num_experts % args.bind_groups != 0:
-        raise ValueError(
-            f"--bind_groups {args.bind_groups} does not divide the {config.num_experts} experts "
-            "of the base"
-        )
+        esft_config = esft.read_config(args.experts, config)
+    else:  # found out now, and not after all is scored
+        esft.bind_groups(torch.zeros(1, config.num_experts), args.bind_groups)
     check_memory(args, config, lambda model: model.requires_grad_(False))
     print("    a sample is read now, to score the experts, of which some then train")
     usage = read_sample(args, config, tokenizer, data)
     kind = "gate_share" if args.gate_share else args.variant.removeprefix("esft_")
     scores = esft.expert_scores(*usage, config.num_experts_per_tok, kind)
     notes = []
-    if choice is None:
+    if esft_config is None:
         chosen = esft.select_groups(scores, args.p, args.bind_groups)
         notes = esft.warnings_for(esft.bind_groups(scores, args.bind_groups), args.p)
         if args.experts == "random":
             chosen = esft.random_experts(chosen, config.num_experts, args.seed)
-        choice = esft.EsftConfig(chosen)
+        esft_config = esft.EsftConfig(chosen)
     if args.train_router:
-        choice = choice._replace(train_router=True)
-    print(esft.describe_choice(choice.experts, usage))
+        esft_config = esft_config._replace(train_router=True)
+    print(esft.describe_choice(esft_config.experts, usage))
     how = {
         "task": args.task or args.data,
         "kind": kind,
         "p": args.p,
         "experts": args.experts or "by score",
     }
-    return lambda model: esft.apply_esft(model, *choice), notes, (usage, scores, how)
+    return lambda model: esft.apply_esft(model, *esft_config), notes, (usage, scores, how)
 
 
 def read_sample(args, config, tokenizer, data):
@@ -372,42 +371,48 @@ VALIDATION_ROWS = 90  # of each skill; the smallest, lexicon_new, has 94
 
 
 @torch.compiler.set_stance("force_eager")  # a few batches, of other lengths: not worth a graph
-def measure(args, model, tokenizer, data, when, split="test"):
+def measure(settings, model, tokenizer, data, when, split="test"):
     """-> a record for metrics.jsonl, with its text for the screen.
 
     --task: accuracy on it, and how much of the pre-training families is still there.
     --data: loss of the held-out rows, whatever the split.
     """
-    if args.data and data.held_out is None:
+    if settings.data and data.held_out is None:
         return {"text": f"no rows are held out to measure {when} training"}
-    if args.data:
-        loss = held_out_loss(args, model, data.held_out, tokenizer.pad_id)
+    if settings.data:
+        loss = held_out_loss(settings, model, data.held_out, tokenizer.pad_id)
         text = f"cross-entropy of {len(data.held_out)} held-out rows {when}: {loss:.4f}"
         return {"text": text, "held_out": loss}
     names = list(skills.FAMILIES)
-    if args.task:
-        names.insert(0, args.task)
-    rows, task = (args.eval_rows, args.task) if split == "test" else (VALIDATION_ROWS, None)
+    if settings.task:
+        names.insert(0, settings.task)
+    if split == "test":
+        rows, task = settings.eval_rows, settings.task
+    else:
+        rows, task = VALIDATION_ROWS, None  # as many of each skill
     accuracy = eval.accuracies(model, tokenizer, names, rows, task, split)
     text = f"accuracy {when}: "
-    if args.task:
-        text += f"{args.task} {100 * accuracy[args.task]:.1f} %, "
-    text += eval.kept_text(accuracy, args.task)
+    if settings.task:
+        text += f"{settings.task} {100 * accuracy[settings.task]:.1f} %, "
+    text += eval.kept_text(accuracy, settings.task)
     if split == "test":
-        others = [f"{name} {100 * accuracy[name]:.0f}" for name in accuracy if name != args.task]
+        others = [
+            f"{name} {100 * accuracy[name]:.0f}" for name in accuracy if name != settings.task
+        ]
         text += f"\n    {' '.join(others)}"
-    return {"text": text, "accuracy": accuracy, "kept": eval.kept(accuracy, args.task)}
+    return {"text": text, "accuracy": accuracy, "kept": eval.kept(accuracy, settings.task)}
 
 
 @torch.no_grad()
-def held_out_loss(args, model, held_out, pad_id):
+def held_out_loss(settings, model, held_out, pad_id):
     """Mean cross-entropy over the labels of the held-out rows."""
     was_training = model.training
     model.eval()
     total = n_labels = 0
-    size = args.micro_batch or args.batch_size
+    size = settings.micro_batch or settings.batch_size
     for cut in dataset.epoch_batches(held_out.lengths(), size, "held out"):
-        input_ids, labels, _ = dataset.pad_batch([held_out[i] for i in cut], pad_id, args.device)
+        rows = [held_out[i] for i in cut]
+        input_ids, labels, _ = dataset.pad_batch(rows, pad_id, settings.device)
         n = count_labels(labels)
         total += n * model(input_ids, labels=labels).loss.item()
         n_labels += n
@@ -415,13 +420,14 @@ def held_out_loss(args, model, held_out, pad_id):
     return total / n_labels
 
 
-def measure_between(args, data, measured, log, done):
+def measure_after(settings, data, measure_when, log, done):
     """What is measured after a step, if anything: where an epoch ends, and every --eval_every."""
-    if args.epochs and data.held_out and done < args.steps and done % data.steps_per_epoch == 0:
-        record = measured(f"after epoch {done // data.steps_per_epoch}")
+    by_epochs = settings.epochs and data.held_out and done < settings.steps
+    if by_epochs and done % data.steps_per_epoch == 0:
+        record = measure_when(f"after epoch {done // data.steps_per_epoch}")
         log.write(event="epoch", step=done, **record)
-    if args.eval_every and done % args.eval_every == 0:
-        record = measured(f"at step {done}, validation rows", "validation")
+    if settings.eval_every and done % settings.eval_every == 0:
+        record = measure_when(f"at step {done}, validation rows", "validation")
         log.write(event="eval", step=done, **record)
 
 
@@ -453,20 +459,20 @@ class Clock:
         return (time.perf_counter() - self.begun) / done * to_do
 
 
-def log_step(args, log, model, batch, step, losses, grad_norm, speed, seconds_left):
+def log_step(settings, log, model, batch, step, losses, grad_norm, speed, seconds_left):
     """A line of the screen and of metrics.jsonl. speed: tokens a second."""
     seconds = int(batch.mask.sum()) / speed
-    peak_share = share_of_peak(model, batch, losses.counts, args.device, seconds)
+    peak_share = share_of_peak(model, batch, losses.counts, settings.device, seconds)
     load = shares(losses.counts)
     record = {
         "step": step + 1,
         "cross_entropy": losses.cross_entropy.item(),
         "balance": losses.balance.mean().item(),
-        "lr": learning_rate(step, args.steps, args),
+        "lr": learning_rate(step, settings.steps, settings),
         "grad_norm": grad_norm.item(),
         "tokens_per_second": speed,
         "peak_share": peak_share,
-        "memory": peak_memory(args.device),
+        "memory": peak_memory(settings.device),
         "largest_load": load.max().item(),
     }
     line = (
@@ -476,7 +482,7 @@ def log_step(args, log, model, batch, step, losses, grad_norm, speed, seconds_le
     text = line.format(**record, gb=record["memory"] / 1e9)
     if peak_share is not None:
         text += f"   {100 * peak_share:.1f} % of the peak"
-    if args.variant == "perft_r":
+    if settings.variant == "perft_r":
         record["adapter_balance"] = losses.adapter_balance.mean().item()
         record["adapter_load"] = shares(losses.adapter_counts).tolist()
         text += f"   adapters: balance {record['adapter_balance']:.3f}"
@@ -598,7 +604,7 @@ class Guard:
         self.looks.append((step, values))
         return (~values.isfinite().all()).float()
 
-    def read(self, args, log, is_last):
+    def read(self, settings, log, is_last):
         """Ask the device; tell the log where bad steps began. Is the latest one good? ValueError if
         it is the last of many that are not, or of the run."""
         for step, values in self.looks:
@@ -610,13 +616,13 @@ class Guard:
                 place = self.places[finite.index(False)]
                 self.first_bad = f"{place} was not finite in step {step}"
                 text = f"warning: {self.first_bad}, which changed nothing"
-                log.write(text, event="not_finite", what=self.first_bad)
+                log.write(text, event="not_finite", step=step, what=self.first_bad)
             self.bad_in_a_row += 1
         self.looks.clear()
         if self.bad_in_a_row >= IN_A_ROW or (self.bad_in_a_row and is_last):
             raise ValueError(
-                f"{self.first_bad}, nor was any step since; lower --lr (it is {args.lr}): "
-                f"{what_is_where(args)}"
+                f"{self.first_bad}, nor was any step since; lower --lr (it is {settings.lr}): "
+                f"{what_is_where(settings)}"
             )
         return self.bad_in_a_row == 0
 
@@ -708,22 +714,21 @@ RUN_FILES = (
 
 def settings_of(args, config, data):
     """Every value in force: the flags, and what follows from the base and the rows."""
-    settings = vars(args) | {
-        "steps": data.steps,
-        "max_length": data.max_length,
-        "template": data.template,
-    }
+    settings = Namespace(**vars(args))
+    settings.steps = data.steps
+    settings.max_length = data.max_length
+    settings.template = data.template
     if args.balance is None:
-        settings["balance"] = config.router_aux_loss_coef
+        settings.balance = config.router_aux_loss_coef
     if args.variant == "perft_r" and args.adapter_balance is None:
-        settings["adapter_balance"] = config.router_aux_loss_coef
+        settings.adapter_balance = config.router_aux_loss_coef
     if args.compile is None:
-        settings["compile"] = args.device.startswith("cuda")
+        settings.compile = args.device.startswith("cuda")
     # paths that hold from everywhere
     if args.base:
-        settings["base"] = os.path.abspath(args.base)
+        settings.base = os.path.abspath(args.base)
     if args.data and args.data not in dataset.NAMED:
-        settings["data"] = os.path.abspath(args.data)
+        settings.data = os.path.abspath(args.data)
     return settings
 
 
@@ -749,41 +754,42 @@ def configuration_text(settings):
     return textwrap.fill(" ".join(words), 100, subsequent_indent="    ", break_on_hyphens=False)
 
 
-def advice(args):
+def advice(settings):
     """What a user should know of settings that are likely not meant."""
-    found = BY_VARIANT[args.variant]["lr"]
+    found = BY_VARIANT[settings.variant]["lr"]
     notes = []
-    if args.warmup >= args.steps:
+    if settings.warmup >= settings.steps:
         notes.append("--warmup is not shorter than the run, whose rate never comes down")
-    if args.lr > 100 * found:
+    if settings.lr > 100 * found:
         notes.append(
-            f"--lr {args.lr} is far above what {args.variant} was found to bear, {found}: "
+            f"--lr {settings.lr} is far above what {settings.variant} was found to bear, {found}: "
             "training will likely diverge"
         )
-    recipes = [name for name, recipe in RECIPES.items() if args.variant in recipe.variants]
-    if args.base and not args.recipe and args.lr == found and recipes:
+    recipes = [name for name, recipe in RECIPES.items() if settings.variant in recipe.variants]
+    if settings.base and not settings.recipe and settings.lr == found and recipes:
         notes.append(
-            f"--lr {args.lr} was found on the embedded model; a real base wants less; --data "
+            f"--lr {settings.lr} was found on the embedded model; a real base wants less; --data "
             f"with --recipe {' or '.join(recipes)} has the papers' settings"
         )
-    if args.base and not args.data and not eval.is_embedded(args.base):
+    if settings.base and not settings.data and not eval.is_embedded(settings.base):
         notes.append("--task is of the embedded world, which this base does not know; give --data")
     return notes
 
 
-def open_folder(settings, done):
+def open_folder(content, done):
     """From here on a run that is replaced is lost. metrics.jsonl comes first: it makes a folder a
-    run's, whatever happens next. done: the steps of a run that goes on."""
+    run's, whatever happens next. content: of config.json. done: the steps of a run that goes
+    on."""
     if processes.RANK > 0:
         return run.Log(None, None)
-    out = Path(settings["out"])
+    out = Path(content["out"])
     # once more: somebody may have put a run there meanwhile
-    run.check_run_folder(out, done, settings["overwrite"], RUN_FILES)
+    run.check_run_folder(out, done, content["overwrite"], RUN_FILES)
     if not done:
         for name in RUN_FILES:
             (out / name).unlink(missing_ok=True)
     log = run.Log(out / "metrics.jsonl", done or None)
-    run.write_json(out / "config.json", settings, indent=2)
+    run.write_json(out / "config.json", content, indent=2)
     return log
 
 
@@ -798,15 +804,15 @@ def state_places(model, optimizer):
     return table
 
 
-def save_state(args, model, optimizer, log):
+def save_state(settings, model, optimizer, log):
     log.sync()  # what belongs to the state is there before it
-    hub.write_tensors(Path(args.out) / STATE, state_places(model, optimizer))
+    hub.write_tensors(Path(settings.out) / STATE, state_places(model, optimizer))
 
 
-def restore(settings, model, optimizer):
+def restore(content, model, optimizer):
     """Go on from the saved state of a run -> a record of that."""
-    out = Path(settings["out"])
-    fixed = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
+    out = Path(content["out"])
+    fixed = {name: value for name, value in content.items() if name not in MAY_DIFFER}
     changed = run.changes(run.read_json(out / "config.json"), fixed)
     if changed:
         raise ValueError(f"--resume continues {out} as it was begun; changed: {changed}")
@@ -814,14 +820,14 @@ def restore(settings, model, optimizer):
     done = optimizer.done.item()
     # of a tensor that never had a gradient 0; of all others the steps that changed something
     counts = {moments["step"].item() for moments in optimizer.state.values()} - {0}
-    possible = done in range(1, settings["steps"]) and len(counts) == 1
+    possible = done in range(1, content["steps"]) and len(counts) == 1
     if not possible or counts.pop() not in range(1, int(done) + 1):
         raise ValueError(
             f"{out / STATE}: holds numbers of steps that no run has done; begin again with "
             "--overwrite"
         )
-    text = f"goes on after step {done:.0f}, with --lr {settings['lr']}"
-    return {"text": text, "step": int(done), "lr": settings["lr"]}
+    text = f"goes on after step {done:.0f}, with --lr {content['lr']}"
+    return {"text": text, "step": int(done), "lr": content["lr"]}
 
 
 def weights_file(args):
@@ -832,32 +838,32 @@ def weights_file(args):
     return Path(args.out) / name
 
 
-def save(args, model):
+def save(settings, model):
     """Write what was trained."""
-    out = Path(args.out)
-    if args.variant in ESFT:
+    out = Path(settings.out)
+    if settings.variant in ESFT:
         return esft.save(model, out)
-    if args.variant != "scratch":
+    if settings.variant != "scratch":
         return perft.save_adapter(model, out)
     model.save_pretrained(out / "model", torch.bfloat16)
     for p in model.parameters():
         p.data.copy_(p.data.bfloat16())  # what is reported is what is in the file
     if processes.RANK == 0:
-        for file in Path(args.base or EMBEDDED).glob("tokenizer*.json"):
+        for file in Path(settings.base or EMBEDDED).glob("tokenizer*.json"):
             shutil.copy(file, out / "model")
 
 
-def close_run(args, log, begun):
+def close_run(settings, log, begun):
     """The state goes last: a run that is cut off before goes on from it and comes here again."""
-    peak, seconds = peak_memory(args.device), time.perf_counter() - begun
+    peak, seconds = peak_memory(settings.device), time.perf_counter() - begun
     text = f"took {seconds:,.0f} s and at most {peak / 1e9:.2f} GB of memory"
     log.write(text, event="memory", seconds=seconds, peak=peak)
-    saved = weights_file(args)
+    saved = weights_file(settings)
     size = saved.stat().st_size
     log.write(f"saved {saved} ({size:,} bytes)", event="saved", file=str(saved), bytes=size)
     log.sync()
     if processes.RANK == 0:
-        out = Path(args.out)
+        out = Path(settings.out)
         pictures.draw(out)
         (out / STATE).unlink(missing_ok=True)
 
@@ -984,7 +990,9 @@ FLAGS = [
             "which router weighs, base as in the released OLMoE code",
             ("perft_r",),
         ),
-        adapter_balance=Flag(from_zero, None, "c_adapter (as c_base)", ("perft_r",)),
+        adapter_balance=Flag(
+            from_zero, None, "c_adapter (router_aux_loss_coef of the base's config)", ("perft_r",)
+        ),
     ),
     group(
         "experts and routers",
@@ -1066,7 +1074,7 @@ def not_for(variant, others):
 RANDOM_EXPERTS = ("experts", "random")  # as many as a choice would be: it has a p, too
 
 
-def missing(variant, given):
+def absent(variant, given):
     """The flags that a command does not have, and why."""
     why = {}
     for name, flag in [item for _, flags in FLAGS for item in flags.items()]:
@@ -1092,9 +1100,8 @@ def defaults_of(variant, given):
     if "recipe" in given:
         values |= RECIPES[given["recipe"]].settings(variant, given)
     begun = Path(given.get("out", out)) / "config.json"
-    if (
-        "resume" in given and "lr" not in given and begun.is_file()
-    ):  # at the rate of the run that is continued
+    # at the rate of the run that is continued
+    if "resume" in given and "lr" not in given and begun.is_file():
         rate = run.read_json(begun, lr=float).get("lr") or values["lr"]
         if rate < 0:
             raise ValueError(f"{begun}: lr is {rate}, which no run had; give --lr")
@@ -1102,10 +1109,10 @@ def defaults_of(variant, given):
     return values
 
 
-def command_of(given):
-    """For run.read_flags."""
+def decide(given):
+    """Of run.read_flags: this command's defaults, and which flags it lacks, and why."""
     variant = given.get("variant", "perft_s")  # whose page --help shows
-    return defaults_of(variant, given), missing(variant, given)
+    return defaults_of(variant, given), absent(variant, given)
 
 
 def parse_args(argv=None) -> Namespace:
@@ -1113,7 +1120,7 @@ def parse_args(argv=None) -> Namespace:
         args = run.read_flags(
             FLAGS,
             argv,
-            command_of,
+            decide,
             usage="python train.py --variant NAME [options]",
             description="Fine-tune a Mixture-of-Experts model; train.py's first page says how.",
         )
@@ -1137,7 +1144,9 @@ def check_args(args):
     if args.kind == "parallel" and args.alpha is not None:
         raise ValueError("--alpha does not apply to --kind parallel, which has no scale")
     if args.variant in ADAPTERS:
-        args.alpha = PerftConfig(**adapter_options(args)).alpha
+        options = PerftConfig(**adapter_options(args))
+        if args.kind != "parallel":
+            args.alpha = options.alpha
         if args.experts == "random":
             raise ValueError("--experts random is a control for ESFT; adapters take a file")
 

@@ -35,15 +35,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import run, skills
-from data.tasks import TEMPLATES, chat_turns
+from data.tasks import TEMPLATES, TRAINING_SETS, chat_turns
 
 DOWNLOADS = Path(__file__).resolve().parent / "downloads"  # where prepare.py puts things
-NAMED = {
-    "commonsense": DOWNLOADS / "commonsense_170k.json",
-    "math": DOWNLOADS / "math_50k.json",
-    "math_10k": DOWNLOADS / "math_10k.json",
-    "math_14k": DOWNLOADS / "math_14k.json",
-}
+NAMED = {name: DOWNLOADS / f"{file}.json" for name, file in TRAINING_SETS.items()}
 # Of the rows held out: the authors', not --seed, so that runs of all seeds hold out the same.
 SPLIT_SEED = 42
 
@@ -337,7 +332,9 @@ def load_file(args, tokenizer, positions):
             raise ValueError(f"{path}: holds messages, which have one form; drop --template")
         template = "chat"
     max_length = min(args.max_length, positions)
-    whole = encode_file(rows, template, tokenizer, args.train_on_inputs, max_length)
+    options = template, tokenizer, args.train_on_inputs, max_length
+    bar = tqdm(rows, desc="tokenising", unit=" rows", disable=None, leave=False)
+    whole = Dataset(encode_row(row, *options) for row in bar)
 
     kept, out = split(len(rows), args.held_out, SPLIT_SEED)
     train, held_out = whole.trainable(kept), whole.trainable(out)
@@ -359,12 +356,6 @@ def load_file(args, tokenizer, positions):
     )
     title = f"{path}, {len(rows):,} {kind} rows"
     return data._replace(notes=describe(title, data, whole, cuts, tokenizer))
-
-
-def encode_file(rows, *options):
-    """options: as encode_row has."""
-    bar = tqdm(rows, desc="tokenising", unit=" rows", disable=None, leave=False)
-    return Dataset(encode_row(row, *options) for row in bar)
 
 
 def describe(title, data, whole, cuts, tokenizer):

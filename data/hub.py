@@ -67,7 +67,7 @@ EMBEDDED = Path(__file__).resolve().parent / "tiny_olmoe"  # the model that is a
 # config.json -------------------------------------------------------------------------------------
 
 
-class Family(NamedTuple):
+class ModelType(NamedTuple):
     """How a model_type's config.json differs from the fields of model.Config."""
 
     architecture: str
@@ -75,9 +75,9 @@ class Family(NamedTuple):
     spelled: dict = {}  # field -> its key in files on the hub
 
 
-FAMILIES = {
-    "olmoe": Family("OlmoeForCausalLM", {"rope_theta": 1e4}),
-    "mixtral": Family(
+MODEL_TYPES = {
+    "olmoe": ModelType("OlmoeForCausalLM", {"rope_theta": 1e4}),
+    "mixtral": ModelType(
         "MixtralForCausalLM",
         {
             "rope_theta": 1e6,
@@ -88,7 +88,7 @@ FAMILIES = {
         {"num_experts": "num_local_experts"},
     ),
     # Qwen3's "intermediate_size" is of layers without experts: there are none, but it is kept
-    "qwen3_moe": Family(
+    "qwen3_moe": ModelType(
         "Qwen3MoeForCausalLM",
         {
             "rope_theta": 1e4,
@@ -148,7 +148,7 @@ def read_config(folder: str | Path, kind: type):
 def make_config(raw, kind):
     """The content of a config.json -> `kind`. ValueError for what the network cannot be."""
     keys = one_spelling(raw)
-    spelled = FAMILIES[keys["model_type"]].spelled
+    spelled = MODEL_TYPES[keys["model_type"]].spelled
     known = {}
     for f in dataclasses.fields(kind)[:-1]:  # the last, extra, is for the keys left over
         key = spelled.get(f.name, f.name)
@@ -171,9 +171,9 @@ def one_spelling(raw):
     """The keys as hub files of 2024 have them, with what a family takes for granted filled in."""
     keys = {name: value for name, value in raw.items() if name not in ("dtype", "torch_dtype")}
     family = keys.get("model_type")
-    if family not in list(FAMILIES):
+    if family not in list(MODEL_TYPES):
         raise ValueError(
-            f"model_type {run.shown(family)} is not supported; supported: {', '.join(FAMILIES)}"
+            f"model_type {run.shown(family)} is not supported; supported: {', '.join(MODEL_TYPES)}"
         )
     for key, neutral in NEUTRAL.items():
         # Qwen3's files tell the window's size even where there is none: use_sliding_window counts
@@ -196,7 +196,7 @@ def one_spelling(raw):
         keys["norm_topk_prob"] = True  # not a key of its config: always so
     elif "num_local_experts" in keys:  # transformers 5 may call it so
         keys["num_experts"] = keys.pop("num_local_experts")
-    for key, value in FAMILIES[family].assumed.items():
+    for key, value in MODEL_TYPES[family].assumed.items():
         means_all = key == "num_key_value_heads" and key in keys  # null: as many as query heads
         if keys.get(key) is None and not means_all:
             keys[key] = value
@@ -207,7 +207,7 @@ def config_keys(config):
     """The content of a config.json in the hub's spelling, which transformers of any age reads."""
     keys = dict(vars(config))
     extra = keys.pop("extra")
-    family = FAMILIES[config.model_type]
+    family = MODEL_TYPES[config.model_type]
     keys = {family.spelled.get(name, name): value for name, value in keys.items()}
     return {"architectures": [family.architecture], "hidden_act": "silu"} | extra | keys
 
@@ -690,7 +690,7 @@ class LoraPlace(NamedTuple):
     shape = Place.shape
 
     def of(self, stack):
-        stack = self.lora.for_all_experts(stack)
+        stack = self.lora.full_stack(stack)
         return stack.movedim(0, -1).flatten(1) if self.is_B else stack.flatten(0, 1)
 
     def fill(self, source):
@@ -752,7 +752,7 @@ def read_run(folder):
     return settings
 
 
-def main_of(argv, lesson, command, about, attach):
+def lesson_or_write(argv, lesson, command, about, attach):
     """The command line of perft.py and of esft.py: the lesson; or a run in its base, as a Hugging
     Face folder.
 

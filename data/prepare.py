@@ -47,7 +47,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, this folder is on it
 
 from data import run  # noqa: E402
-from data.tasks import GROUPS  # noqa: E402
+from data.tasks import GROUPS, TRAINING_SETS  # noqa: E402
 
 SOURCE = "https://github.com/AGI-Edgerunners/LLM-Adapters/raw/main"
 HUB = "https://huggingface.co"
@@ -56,12 +56,6 @@ MODELS = {
     "olmoe_0125": "allenai/OLMoE-1B-7B-0125",
     "mixtral": "mistralai/Mixtral-8x7B-v0.1",
     "qwen3": "Qwen/Qwen3-30B-A3B",
-}
-DATA = {  # name on the command line: (training file, its test sets' group)
-    "commonsense": ("commonsense_170k", "commonsense"),
-    "math": ("math_50k", "math"),
-    "math_10k": ("math_10k", "math"),
-    "math_14k": ("math_14k", "math"),
 }
 FACTS = {  # name: (bytes, sha256)
     "commonsense_170k": (
@@ -293,7 +287,7 @@ def get_all(files, token=""):
 
 
 def get_data(name, out, source):
-    train, group = DATA[name]
+    train, group = TRAINING_SETS[name], name.split("_")[0]
     training = File(f"{source}/ft-training_set/{train}.json", out / f"{train}.json", *FACTS[train])
     tests = [
         File(f"{source}/dataset/{test}/test.json", out / f"test/{test}.json", *FACTS[test])
@@ -381,11 +375,11 @@ def main(argv=None):
     add("--source", metavar="URL", default=SOURCE, help="a mirror of the data")
     args = parser.parse_args(argv)
     repo = MODELS.get(args.name, args.name)
-    if args.name not in DATA and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.A):
-        names = ", ".join([*DATA, *MODELS])
+    if args.name not in TRAINING_SETS and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.A):
+        names = ", ".join([*TRAINING_SETS, *MODELS])
         parser.error(f"{run.shown(args.name)} is none of {names}, and no owner/model")
     with run.last_words(lambda: KEPT), run.naming(args.out):
-        if args.name in DATA:
+        if args.name in TRAINING_SETS:
             get_data(args.name, args.out, args.source.rstrip("/"))
         else:
             get_model(repo, args.out)

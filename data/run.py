@@ -41,7 +41,7 @@ def end_now(number, frame):
     os._exit(128 + number)
 
 
-def answer(handler):
+def send_signals_to(handler):
     """From now on Ctrl-C and SIGTERM call handler(number, frame) -> what they called before."""
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -58,7 +58,7 @@ def answer(handler):
 here = os.path.dirname(os.path.realpath(__file__))
 script = os.path.realpath(sys.argv[0])
 if script.endswith(".py") and os.path.dirname(script) in (here, os.path.dirname(here)):
-    answer(end_now)
+    send_signals_to(end_now)
 
 import argparse
 import difflib
@@ -335,8 +335,8 @@ def raise_stopped(number, frame):
 
 
 @contextmanager
-def answering(handler):
-    before = answer(handler)
+def signals_go_to(handler):
+    before = send_signals_to(handler)
     try:
         yield
     finally:
@@ -357,7 +357,7 @@ def noting():
         if not is_silent():
             os.write(2, b"\nstopping after this step; once more stops at once\n")
 
-    with answering(note):
+    with signals_go_to(note):
         yield noted
 
 
@@ -383,7 +383,7 @@ def command(main: Callable) -> Callable:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal does not have
         try:
-            with answering(raise_stopped):
+            with signals_go_to(raise_stopped):
                 result = main(*arguments)
                 if sys.stdout:
                     sys.stdout.flush()  # what was said must be out, too

@@ -234,6 +234,13 @@ GROUPS = {
     "commonsense": [task.name for task in COMMONSENSE],
     "math": [task.name for task in MATH],
 }
+# What is trained on, for the tests of the group that a name begins with -> its file's name.
+TRAINING_SETS = {
+    "commonsense": "commonsense_170k",
+    "math": "math_50k",
+    "math_10k": "math_10k",
+    "math_14k": "math_14k",
+}
 
 
 @run.command

@@ -120,7 +120,7 @@ def perft_r(
     0.6]]; top_k 2: 0.6 Delta_2(x) + 0.3 Delta_1(x). With Delta_2(x) = [[30, 0]] and Delta_1(x) =
     [[0, 3]] that is [[18, 0.9]].
 
-    hint: perft.py, PerftMoE.gate_of_adapters
+    hint: perft.py, PerftMoE.weights_of_adapters
     """
     raise NotImplementedError
 

@@ -224,7 +224,9 @@ def test_bound_groups_compete_by_their_sums_and_are_chosen_whole():
     assert esft.select_groups(scores, 0.2, 2) == [[2, 3]]
     assert esft.select_groups(scores, 0.6, 2) == [[2, 3, 0, 1]]
     assert esft.select_groups(scores, 0.6, 1) == select_experts(scores, 0.6) == [[0, 2, 3]]
-    with pytest.raises(ValueError, match="6 experts cannot be bound into groups of 4"):
+    with pytest.raises(
+        ValueError, match="bind_groups is 4; it must divide the number of experts, 6"
+    ):
         esft.select_groups(scores, 0.2, 4)
 
 
@@ -588,7 +590,7 @@ def test_a_choice_that_the_model_does_not_have_is_an_error_and_leaves_it_alone(
     content = {"experts": {str(i): ids for i, ids in enumerate(chosen)}, "shared_experts": False}
     (tmp_path / "expert_cfg.json").write_text(json.dumps(content | {"non_expert_modules": False}))
     with pytest.raises(ValueError) as error:
-        esft.read_choice(tmp_path / "expert_cfg.json", model.config)
+        esft.read_config(tmp_path / "expert_cfg.json", model.config)
     assert "\n" not in str(error.value) and "expert_cfg.json" in str(error.value)
 
 
@@ -718,7 +720,7 @@ def test_the_configuration_has_the_released_layout(tmp_path):
     }
     assert own["router"] is False and own["base"]["num_experts"] == 6
     (tmp_path / "expert_cfg.json").write_text(json.dumps(content))
-    assert esft.read_choice(tmp_path / "expert_cfg.json", make_model().config).experts == CHOSEN
+    assert esft.read_config(tmp_path / "expert_cfg.json", make_model().config).experts == CHOSEN
     with pytest.raises(ValueError, match="does not say for which base"):
         load(make_model(), tmp_path)
 

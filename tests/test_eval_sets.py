@@ -1259,7 +1259,7 @@ def recipe(base, *flags, variant="perft_s", data="rows.json"):
     """The settings in force, without those that follow from the rows."""
     argv = ["--variant", variant, "--base", base, "--out", "nowhere", "--data", data]
     args = train.parse_args([str(word) for word in (*argv, "--recipe", "perft_paper", *flags)])
-    settings = train.settings_of(args, Config.from_folder(base), dataset.Data(None))
+    settings = vars(train.settings_of(args, Config.from_folder(base), dataset.Data(None)))
     asked = {name: vars(args)[name] for name in ("steps", "max_length", "template")}
     return settings | asked
 

@@ -23,7 +23,7 @@ from urllib.request import Request
 import pytest
 
 from data import prepare, run
-from data.tasks import GROUPS
+from data.tasks import GROUPS, TRAINING_SETS
 
 ROOT = Path(__file__).parent.parent
 MANIFEST = Path(__file__).resolve().parents[2] / "shared/data/manifest.json"
@@ -641,12 +641,11 @@ def test_sizes_and_hashes_are_those_of_the_manifest():
 
 
 def test_every_data_set_has_its_facts_and_the_test_questions_are_not_offered_for_training():
-    for train, group in prepare.DATA.values():
+    for name, train in TRAINING_SETS.items():
+        group = "commonsense" if name == "commonsense" else "math"
         assert prepare.FACTS.keys() >= {train, *GROUPS[group]}
-    assert [len(GROUPS[prepare.DATA[name][1]]) for name in ("commonsense", "math")] == [8, 6]
-    assert "math_data" not in prepare.FACTS and "math_data" not in [
-        train for train, _ in prepare.DATA.values()
-    ]
+    assert [len(GROUPS[group]) for group in ("commonsense", "math")] == [8, 6]
+    assert "math_data" not in prepare.FACTS and "math_data" not in TRAINING_SETS.values()
 
 
 # Models ------------------------------------------------------------------------------------------

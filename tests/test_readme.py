@@ -225,7 +225,7 @@ def test_the_options_of_each_variant_are_those_it_takes():
     every = {f"--{name}" for _, flags in train.FLAGS for name in flags}
     flags = {}
     for variant in train.VARIANTS:
-        flags[variant] = every - {f"--{name}" for name in train.missing(variant, {})}
+        flags[variant] = every - {f"--{name}" for name in train.absent(variant, {})}
     common = flags["router"]  # which has none of its own
     assert told == {name: flags[name] - common for name in train.VARIANTS}
 

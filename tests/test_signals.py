@@ -604,6 +604,7 @@ def test_ten_steps_in_a_row_end_the_run_whose_last_good_state_goes_on_with_a_low
     assert "\ngoes on after step 4, with --lr 0.0001\n" in capsys.readouterr().out
     (line,) = events(out, "resumed")
     assert (line["step"], line["lr"]) == (4, 1e-4)
+    assert not events(out, "not_finite")  # step 6 is done again, and is well
     rates = [line["lr"] for line in events(out, "step")]
     assert len(rates) == 30 and max(rates[:4]) > 9e-4 and max(rates[4:]) < 1e-4
     assert json.loads((out / "config.json").read_text())["lr"] == 1e-4

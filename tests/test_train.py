@@ -632,6 +632,8 @@ def test_every_variant_trains_what_its_table_says_and_nothing_else(
     folder = run(*case, "--weight_decay", 0.5, "--steps", 2)
     screen = capsys.readouterr().out
     assert contents(base) == before
+    has_scale = case[0] in train.ADAPTERS and "parallel" not in case
+    assert bool(json.loads((folder / "config.json").read_text())["alpha"]) == has_scale
 
     saved = saved_tensors(folder)
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
@@ -964,7 +966,7 @@ def test_a_choice_that_cannot_be_is_refused_before_the_base_is_read(
     """Groups of 3 of 8 experts, and a file that names expert 8 of 0 to 7."""
     monkeypatch.setattr(eval, "load_model", lambda *words: pytest.fail("the base was read"))
     flags = ("--variant", "esft_token", "--base", base, "--out", tmp_path / "run", *SHORT)
-    said = "error: --bind_groups 3 does not divide the 8 experts of the base"
+    said = "error: bind_groups is 3; it must divide the number of experts, 8"
     assert failure(*flags, "--bind_groups", 3) == (1, said)
     wrong = tmp_path / "experts.json"
     wrong.write_text(json.dumps({"experts": {str(i): [8] for i in range(L)}}))
@@ -1233,7 +1235,9 @@ def test_the_recipes_balance_is_what_the_papers_code_adds_to_the_loss_of_one_lay
     folder = make_base(tmp_path / family, **sizes)
     flags = ("--data", "rows.json", "--recipe", "perft_paper", "--top_k", 2)
     args = arguments(folder, *flags, variant="perft_r")
-    settings = train.settings_of(args, Config.from_folder(folder), dataset.Data(None, steps=1))
+    settings = vars(
+        train.settings_of(args, Config.from_folder(folder), dataset.Data(None, steps=1))
+    )
     assert settings["balance"] == pytest.approx(c * K)
     assert settings["adapter_balance"] == pytest.approx(c * 2)
 
@@ -1248,7 +1252,9 @@ def test_the_recipes_balance_of_olmoe_itself_is_8_hundredths(tmp_path):
     """Of 8 experts a token: 0.01 * 8, and of the adapters' 2 of 4: 0.01 * 2."""
     folder = make_base(tmp_path / "base", num_experts=16, num_experts_per_tok=8)
     args = arguments(folder, "--data", "rows.json", "--recipe", "perft_paper", variant="perft_r")
-    settings = train.settings_of(args, Config.from_folder(folder), dataset.Data(None, steps=1))
+    settings = vars(
+        train.settings_of(args, Config.from_folder(folder), dataset.Data(None, steps=1))
+    )
     assert settings["balance"] == pytest.approx(0.08)
     assert settings["adapter_balance"] == pytest.approx(0.02)
 
