@@ -2,8 +2,8 @@
 
 Coordinates are pixels, x to the right and y downwards. A panel is its shapes and its height;
 `picture` puts panels under each other. Colours stand in a style at the head, by class, so that a
-page in dark mode gets its own. There is no legend: a name stands beside what it names, in its
-colour, and a pointer that rests on a shape is told its numbers.
+page in dark mode gets its own. A name stands beside what it names, in its colour, and a pointer
+that rests on a shape is told its numbers.
 
     python data/pictures.py RUN    RUN/run.svg: loss, accuracy, and how the experts are used
 
@@ -29,18 +29,19 @@ STYLE = """<style>
 svg { color: #444 } text { font: 12px sans-serif; fill: currentColor }
 path { fill: none; stroke: currentColor; stroke-width: 2 } .thin { stroke-width: 0.5 }
 .level { stroke-width: 0.5; stroke-opacity: 0.4 }
-.dashes { stroke-dasharray: 7 4 }
-text[class] { paint-order: stroke; stroke: #fff; stroke-width: 3; stroke-opacity: 0.7 }
+text[class] { paint-order: stroke; stroke: #fff; stroke-width: 3; stroke-opacity: 0.8 }
 circle, rect { fill: currentColor } .ring { fill: none; stroke: currentColor; stroke-width: 2 }
 .cell, .chosen { color: #0072b2 } .chosen { stroke: #e07b00; stroke-width: 1.5 }
 .c0 { color: #0072b2 } .c1 { color: #c25400 } .c2 { color: #00805f } .c3 { color: #a3427f }
-.c4 { color: #7a6a00 } .c5 { color: #5b4fc0 } .c6 { color: #666 }
+.c4 { color: #7a6a00 } .c5 { color: #5b4fc0 } .c6 { color: #222 }
 .c7 { color: #a14a2a } .c8 { color: #2b7a99 } .c9 { color: #c2185b } .c10 { color: #4d7a00 }
+.c11 { color: #777 } path.c11 { stroke-width: 1; stroke-dasharray: 7 4 }
 @media (prefers-color-scheme: dark) {
 svg { color: #ccc } text[class] { stroke: #111 } .cell, .chosen { color: #56b4e9 }
 .c0 { color: #56b4e9 } .c1 { color: #f0915a } .c2 { color: #2fc39b } .c3 { color: #e08fc4 }
-.c4 { color: #d8c64a } .c5 { color: #a9a0f5 } .c6 { color: #aaa }
+.c4 { color: #d8c64a } .c5 { color: #a9a0f5 } .c6 { color: #eee }
 .c7 { color: #d99a7f } .c8 { color: #8cc8de } .c9 { color: #ff80ab } .c10 { color: #a5d64f }
+.c11 { color: #999 }
 }
 </style>"""
 PAGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" viewBox="0 0 {0} {1}">
@@ -50,10 +51,8 @@ PAGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" viewB
 """
 PANEL = '<g transform="translate(0 {})">'
 TEXT = '<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>'
-HEAD = """<text x="{0}" y="20" text-anchor="start">{1}</text>
-<text x="{0}" y="38" text-anchor="start">{2}</text>"""
 LEVEL = """<text x="54" y="{1:.1f}" text-anchor="end">{0:.7g}</text>
-<path class="level" d="M 60,{2:.1f} H 460"/>"""
+<path class="level" d="M 60,{2:.1f} H {3}"/>"""
 PATH = '<path class="c{} {}" d="M {}"/>'
 DOT = """<circle class="c{} {}" cx="{:.1f}" cy="{:.1f}" r="{}">
 <title>{}: {:.7g}, {:.7g}</title></circle>"""
@@ -63,6 +62,13 @@ LABEL = """<path class="thin c{0}" d="M {1:.1f},{2:.1f} L {3:.1f},{4:.1f}"/>
 SCORE = """<rect class="{kind}" x="{x}" y="{y}" width="{inner}" height="13" \
 style="fill-opacity: {shade:.3f}">
 <title>{name}, column {column}: {value:.4g}</title></rect>"""
+# from nothing to the largest
+SHADES = """<linearGradient id="shades" gradientUnits="userSpaceOnUse" x1="42" x2="112">
+<stop class="cell" stop-color="currentColor" stop-opacity="0"/>
+<stop class="cell" stop-color="currentColor" offset="1"/></linearGradient>
+<path style="stroke: url(#shades); stroke-width: 12" d="M 42,{2} h 70"/>
+<text x="36" y="{2}" dy="4" text-anchor="end">0%</text>
+<text x="118" y="{2}" dy="4" text-anchor="start">{0:.2%}, the largest {1}</text>"""
 EXPERT = """<rect class="{kind}" x="{x}" y="{y}" width="{inner}" height="13" \
 style="fill: hsl({shade:.1f}, 80%, 50%); fill-opacity: 0.35">
 <title>{name}, column {column}: {value}</title></rect>\
@@ -86,6 +92,10 @@ def text(x, y, words, anchor="start"):
     return TEXT.format(x, y, anchor, shown(words))
 
 
+def head(x, lines):
+    return [text(x, 20 + 18 * i, line) for i, line in enumerate(lines)]
+
+
 # Curves ------------------------------------------------------------------------------------------
 
 
@@ -99,24 +109,8 @@ class Line(NamedTuple):
     name: str  # what a pointer is told beside the numbers
     points: list  # (x, y)
     colour: int
-    look: str = "line"  # with dots, as "dashes"; "bar": without; "ring": rings and no line
-    label: str = ""  # beside the last point of the last line that has the name,
-    side: str = "start"  # which is the label's start, or its "end"
-
-
-def plot(title, lines: list[Line], x: Axis, y: Axis, height=250):
-    """A panel: frame, lines with their dots, and labels, in this order from back to front."""
-    x_at, y_at = scale(x, 60, 460), scale(y, height - 50, 60)
-    shapes = frame(title, x, y, x_at, y_at)
-    labels, dots = {}, []
-    for line in lines:
-        places = [(x_at(a), y_at(b)) for a, b in line.points]
-        shapes += drawn(line, places)
-        if line.look != "bar":
-            dots += places
-        if line.label:
-            labels[line.name] = (*places[-1], line.colour, line.side, shown(line.label))
-    return shapes + labels_beside(labels.values(), dots, range(50, height - 40)), height
+    look: str = "line"  # with dots; "bar": without; "ring": rings and no line
+    label: str = ""  # beside the last point of the last line that has the name
 
 
 def scale(axis, start, end):
@@ -125,13 +119,13 @@ def scale(axis, start, end):
     return lambda value: start + (end - start) * (axis.unit(value) - low) / (high - low)
 
 
-def frame(title, x, y, x_at, y_at):
-    bottom = y_at(y.ticks[0])
-    shapes = [HEAD.format(60, title, y.label), text(460, bottom + 36, x.label, "end")]
+def frame(x, y, x_at, y_at):
+    bottom, right = y_at(y.ticks[0]), x_at(x.ticks[-1])
+    shapes = [text(right, bottom + 36, x.label, "end")]
     for tick in x.ticks:
         shapes.append(text(x_at(tick), bottom + 18, f"{tick:,.9g}", "middle"))
     for tick in y.ticks:
-        shapes.append(LEVEL.format(tick, y_at(tick) + 4, y_at(tick)))
+        shapes.append(LEVEL.format(tick, y_at(tick) + 4, y_at(tick), right))
     return shapes
 
 
@@ -149,20 +143,32 @@ def drawn(line, places):
     return shapes
 
 
-def labels_beside(labels, dots, heights):
-    """Labels (x, y, colour, side, words) beside their places, or above or below, as near as dots
-    and other labels leave room."""
-    shapes = []
-    taken = [(x - 4, x + 4, y) for x, y in dots]  # from, to, and the middle of its height
-    for x, y, colour, side, words in sorted(labels, reverse=True):
-        width = LETTER * len(words)
-        tie, start = (x + 9, x + 9) if side == "start" else (x - 9, x - 9 - width)
-        near = [m for left, right, m in taken if start < right and left < start + width]
-        free = [height for height in heights if all(abs(height - m) > 12 for m in near)]
+def to_the_right(labels, paths, heights):
+    """Labels (x, y, colour, words) beside their places, or above or below, as near as others leave
+    room. No path is in their way where all of them end at the right."""
+    shapes, taken = [], []
+    for x, y, colour, words in sorted(labels):
+        free = [height for height in heights if all(abs(height - other) > 12 for other in taken)]
         middle = min(free, key=lambda height: abs(height - y), default=y)
-        taken.append((start, start + width, middle))
-        shapes.append(LABEL.format(colour, x, y, tie, middle, middle + 4, side, words))
+        taken.append(middle)
+        shapes.append(LABEL.format(colour, x, y, x + 9, middle, middle + 4, "start", words))
     return shapes
+
+
+def plot(heads, lines: list[Line], x: Axis, y: Axis, height=250, right=460, labelled=to_the_right):
+    """A panel: what it shows and what y is, a frame, lines with their dots, and labels, in this
+    order from back to front. labelled: how labels find their places."""
+    top, bottom = 42 + 18 * len(heads), height - 50
+    x_at, y_at = scale(x, 60, right), scale(y, bottom, top)
+    shapes = head(60, [*heads, y.label]) + frame(x, y, x_at, y_at)
+    labels, paths = {}, []
+    for line in lines:
+        path = [(x_at(a), y_at(b)) for a, b in line.points]
+        shapes += drawn(line, path)
+        paths.append(path)
+        if line.label:
+            labels[line.name] = (*path[-1], line.colour, shown(line.label))
+    return shapes + labelled(labels.values(), paths, range(top - 10, bottom)), height
 
 
 # Experts -----------------------------------------------------------------------------------------
@@ -170,20 +176,20 @@ def labels_beside(labels, dots, heights):
 
 def heat_map(scores, chosen: list, title="expert scores") -> str:
     """scores: (L, E), not negative. chosen: for each layer the experts to outline."""
-    note = "Outlined: chosen. Colour: the score"
-    return picture([heat(title, note, layers(scores), layers(chosen))])
+    return picture([heat([title, "Outlined: chosen"], "score", layers(scores), layers(chosen))])
 
 
 def layers(values, of=""):
     return {f"{of}layer {i}": value for i, value in enumerate(values)}
 
 
-def heat(title, note, rows, chosen, which="expert"):
-    """A row a layer, a column an expert, its share as opacity (it suits dark pages)."""
+def heat(heads, what, rows, chosen, which="expert"):
+    """A row a layer, a column an expert, its share as opacity (it suits dark pages), and below them
+    what that is."""
     columns = range(max(map(len, rows.values())))
     largest = max(map(max, rows.values()))
-    note = f"{note}, {largest:.1%} at most"
-    return grid(title, note, which, columns, rows, chosen, SCORE, CELL, 1 / (largest or 1))
+    shapes, height = grid(heads, which, columns, rows, chosen, SCORE, CELL, 1 / (largest or 1))
+    return [*shapes, SHADES.format(largest, what, height)], height + 2 * CELL
 
 
 def routing_picture(tokens: list[str], ids: list[list[int]], num_experts: int) -> str:
@@ -196,22 +202,25 @@ def routing_picture(tokens: list[str], ids: list[list[int]], num_experts: int) -
         heads = [token.replace(" ", "␣")[:6] for token in tokens[part]]
         rows = layers([row[part] for row in ids])
         # degrees of the colour wheel, so that neighbours have unlike colours
-        panels.append(grid(title, "", "token", heads, rows, {}, EXPERT, 48, 137.5))
+        panels.append(grid([title], "token", heads, rows, {}, EXPERT, 48, 137.5))
     return picture(panels)
 
 
-def grid(title, note, corner, heads, rows, chosen, template, width, scale):
-    """heads: words above the columns, and `corner` says what they are. rows: {name: values}.
-    chosen: {name: columns to outline}. scale: makes of a value what the template shows as colour.
-    """
+def grid(heads, corner, columns, rows, chosen, template, width, scale):
+    """columns: words above them, and `corner` says what they are. rows: {name: values}; of names
+    such as "a, b" and "a, c" the second one stands there as "c". chosen: {name: columns to
+    outline}. scale: makes of a value what the template shows as colour."""
     left = 8 + LETTER * max(map(len, rows))
-    width = min(width, (WIDTH - 4 - left) // len(heads))
-    shapes = [HEAD.format(8, shown(title), note), text(left - 6, 60, corner, "end")]
-    for column in range(0, len(heads), math.ceil(24 / width)):
-        shapes.append(text(left + width * (column + 0.5), 60, heads[column], "middle"))
-    y = 66
+    width = min(width, (WIDTH - 4 - left) // len(columns))
+    shapes = [*head(8, heads), text(left - 6, 60, corner, "end")]
+    for column in range(0, len(columns), math.ceil(24 / width)):
+        shapes.append(text(left + width * (column + 0.5), 60, columns[column], "middle"))
+    y, above = 66, ""
     for name, row in rows.items():
-        shapes.append(text(left - 6, y + 11, name, "end"))
+        group, _, label = name.rpartition(", ")
+        if group != above:
+            above, label, y = group, name, y + 6
+        shapes.append(text(left - 6, y + 11, label, "end"))
         for column, value in enumerate(row):
             rect = template.format(
                 kind="chosen" if column in chosen.get(name, ()) else "cell",
@@ -237,19 +246,21 @@ def run_picture(records: list[dict]) -> str:
 
     found = series(records)
     last, _ = found["step", "line"][-1]
-    steps = Axis("step", whole_ticks(last))
+    steps = Axis("step →", whole_ticks(last))
 
     losses = lines_of(found, ["cross_entropy", "held_out"])
     largest = max(loss for line in losses for _, loss in line.points)
-    y = Axis("cross-entropy of a token of the answer (less is better)", whole_ticks(largest))
-    panels = [plot("Loss", losses, steps, y)]
+    y = Axis("↑ cross-entropy of a token of the answer (less is better)", whole_ticks(largest))
+    panels = [plot(["Loss"], losses, steps, y)]
 
     if "accuracy" in records[0]:
         names = [name for name in (*records[0]["accuracy"], "kept") if name not in FAMILIES]
-        label = "share right: of validation rows on the way (lines), of test rows (rings)"
-        y = Axis(label, (0, 0.25, 0.5, 0.75, 1))
+        y = Axis(
+            "↑ share right: of validation rows on the way (lines), of test rows (rings)",
+            (0, 0.25, 0.5, 0.75, 1),
+        )
         title = "Accuracy on what is new, and on the skills it had (kept)"
-        panels.append(plot(title, lines_of(found, names), steps, y))
+        panels.append(plot([title], lines_of(found, names), steps, y))
 
     for which in ("expert", "adapter"):
         loads = found[f"{which}_load", "line"]
@@ -257,8 +268,8 @@ def run_picture(records: list[dict]) -> str:
         for step, load in loads[:1] + loads[-1:]:
             rows |= layers(load, f"step {step}, ")
         if rows:
-            note = f"Colour: each {which}'s share of its layer's choices"
-            panels.append(heat(f"How the {which}s are used", note, rows, {}, which))
+            heads = [f"How the {which}s are used", "at the first step and at the last"]
+            panels.append(heat(heads, "share of a layer's choices", rows, {}, which))
     return picture(panels)
 
 

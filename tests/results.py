@@ -518,130 +518,230 @@ def undominated(points) -> list[tuple]:
     return best[::-1]
 
 
-def frontier(results: Results) -> str | None:
-    """Kept against errors on the new tasks, on test rows: of each method a line through its rates
-    with seed 0, and the mean over seeds at the chosen rate as a ring, with its standard errors as
-    bars. Errors have a logarithmic axis: the methods differ where few are left.
+# Classes of colour in pictures.py: lines that come near one another have unlike ones.
+COLOURS = {
+    "perft_s": 8,
+    "perft_d": 7,
+    "perft_r": 5,
+    "perft_e": 3,
+    "lora_qv": 9,
+    "lora_experts": 4,
+    "esft_token": 0,
+    "esft_gate": 2,
+    "full": 6,
+    "frozen_experts": 1,
+    "router": 10,
+}
+GREY = 11
+LEARNT = "learnt: right answers on new tasks, %"
+LEAST, MOST = 50, 99.9  # the ends of its axis
 
-    Left out: points with more than half wrong, and those that another rate of the method beats in
-    both: nobody would choose them. Fewer errors than LEAST stand there. None: nothing is left.
-    """
-    lines = []
+
+def stretched(right: float) -> float:
+    """The unit of an axis of right answers, in %: where few are wrong the methods differ, and there
+    it has room. MOST or more is its end."""
+    return -math.log10(100 - min(right, MOST))
+
+
+def learnt_axis(label):
+    return pictures.Axis(label, (LEAST, 80, 90, 95, 98, 99, 99.5, MOST), stretched)
+
+
+def learnt_and_kept(row: dict) -> tuple[float, float]:
+    """In %."""
+    return 100 * row["target"], 100 * row["kept"]
+
+
+def mean_of(seeds: list[dict]):
+    """What they learn and keep, and the standard errors of both."""
+    (x, dx), (y, dy) = map(mean_and_error, zip(*map(learnt_and_kept, seeds)))
+    return (x, y), (dx, dy)
+
+
+def frontier(results: Results) -> str | None:
+    """Kept against learnt, on test rows: a line for each method, at the size of METHODS that keeps
+    most. Left out: what learns less than LEAST. None: nothing is left."""
+    best, lines = {}, []
     for m in METHODS:
-        seeds = results.seeds(m)
-        if not seeds:
-            continue
-        x, dx = mean_and_error([row["target"] for row in seeds])
-        y, dy = mean_and_error([100 * row["kept"] for row in seeds])
-        if x < 0.5:
-            continue
-        name, colour = f"{m.name} {m.config}", COLOURS.index(m.name)
-        look = "line" if m == first_of(m.name) else "dashes"
-        rates = [(row["target"], 100 * row["kept"]) for row in results.of(m) if row["seed"] == 0]
-        points = [(errors(x, 50), y) for x, y in undominated(rates) if x >= 0.5]
-        across = [(errors(x - dx, 50), y), (errors(x + dx, 50), y)]
-        upwards = [(errors(x, 50), y - dy), (errors(x, 50), y + dy)]
-        lines.append(pictures.Line(name, across, colour, "bar"))
-        lines.append(pictures.Line(name, upwards, colour, "bar"))
-        lines.append(pictures.Line(name, [(errors(x, 50), y)], colour, "ring"))
-        lines.append(pictures.Line(name, points, colour, look, label=name))
+        if seeds := results.seeds(m):
+            (learnt, kept), _ = mean_of(seeds)
+            if learnt >= LEAST:
+                best.setdefault(m.name, []).append((kept, m))
+    for name, sizes in best.items():
+        _, m = max(sizes, key=lambda size: size[0])
+        alone = sum(other.name == name for other in METHODS) == 1
+        lines += through_rates(results, m, name if alone else f"{name} {m.config}")
     if not lines:
         return None
-    before = results.rows[0]["kept_before"]
+    before = 100 * results.rows[0]["kept_before"]
+    level = [(LEAST, before), (MOST, before)]
+    lines.append(pictures.Line("before", level, GREY, "bar", label="before fine-tuning"))
+    highest = max(kept for line in lines for _, kept in line.points)
+    ticks = [0, 25, 50, 60, 70, 80, 85, *(tick for tick in (90, 95, 98) if tick < highest + 5)]
+    kept = "↑ kept: right answers on earlier skills, % (both scales stretch towards 100)"
+    heads = [
+        "What each method learns and what it keeps: a line through its learning rates.",
+        "Ring: the rate chosen, mean of 5 seeds ± standard error. Dot: another rate, one seed.",
+    ]
     plot = pictures.plot(
-        "Dots: rates (seed 0). Rings: the chosen one, mean of 5 seeds ± standard error",
+        heads,
         lines,
-        pictures.Axis(
-            f"wrong answers on the new tasks, % (fewer to the right; {LEAST}: or less)",
-            (50, 20, 10, 5, 2, 1, 0.5, LEAST),
-            math.log10,
-        ),
-        pictures.Axis(
-            f"kept of the other skills, % ({100 * before:.0f} before)", range(0, 101, 25)
-        ),
-        height=500,
+        learnt_axis(f"{LEARNT} ({MOST}: or more) →"),
+        pictures.Axis(kept, ticks, stretched),
+        height=560,
+        labelled=around,
     )
     return pictures.picture([plot])
 
 
-LEAST = 0.2  # percent: 3 of 1,500 test rows
-
-
-def errors(target: float, most=100) -> float:
-    """In percent, from LEAST to `most`, which are the ends of an axis."""
-    return min(max(100 * (1 - target), LEAST), most)
-
-
-COLOURS = list(dict.fromkeys(m.name for m in METHODS))  # one a method, in both pictures
-
-
-def first_of(name: str) -> Method:
-    return next(m for m in METHODS if m.name == name)
+def through_rates(results: Results, m: Method, label: str) -> list[pictures.Line]:
+    """A method's rates: the mean over seeds at the chosen one, a ring with its standard errors as
+    bars, and seed 0 at the others. Left out: rates that another one beats in both, which nobody
+    would choose."""
+    (x, y), (dx, dy) = mean_of(results.seeds(m))
+    points = [(x, y)]
+    for row in results.of(m):
+        learnt, kept = learnt_and_kept(row)
+        if row["seed"] == 0 and row["lr"] != results.rate(m) and learnt >= LEAST:
+            points.append((min(learnt, MOST), kept))
+    across = [(max(x - dx, LEAST), y), (x + dx, y)]
+    upwards = [(x, y - dy), (x, y + dy)]
+    name, colour = f"{m.name} {m.config}", COLOURS[m.name]
+    return [
+        pictures.Line(name, across, colour, "bar"),
+        pictures.Line(name, upwards, colour, "bar"),
+        pictures.Line(name, [(x, y)], colour, "ring"),
+        pictures.Line(name, undominated(points), colour, label=label),
+    ]
 
 
 def parameters(results: Results) -> str | None:
-    """Errors on test rows against what trains, each size at its rate, means over seeds: of each
-    method a line through its sizes, of which the smallest and the largest are named."""
-    sizes = {}
+    """Learnt, on test rows, against what trains, each size at its rate, means over seeds: a line
+    through a method's ranks, of which the lowest has its name. Left out: as above, and a size that
+    is the same as another one."""
+    ranks = {}
     for m in METHODS + SIZES:
-        seeds = results.seeds(m)
-        if not seeds:
-            continue
-        mean, _ = mean_and_error([row["target"] for row in seeds])
-        point = (seeds[0]["trains"], errors(mean))
-        alone = m.config in ("random", "shared r8")
-        line = f"{m.name} {m.config}" if alone else m.name
-        sizes.setdefault(line, []).append((*point, m))
+        if seeds := results.seeds(m):
+            (learnt, _), _ = mean_of(seeds)
+            place = seeds[0]["trains"] / 1000, learnt
+            kind, _, rank = m.config.rpartition("r")
+            sizes = ranks.setdefault((m.name, kind if rank.isdigit() else place), {})
+            if learnt >= LEAST:
+                sizes.setdefault(place, m)
     lines = []
-    for points in sizes.values():
-        points.sort(key=lambda point: point[0])
-        m = points[0][2]
-        colour = COLOURS.index(m.name)
-        places = [point[:2] for point in points]
-        lines.append(pictures.Line(m.name, places, colour, "bar"))
-        (least, _), (most, _) = places[0], places[-1]
-        for i, (trains, _, m) in enumerate(points):
-            name = f"{m.name} {m.config}"
-            at_an_end = trains in (least, most) and places[i] not in places[:i]
-            side = "end" if trains == least < most else "start"
-            label = name if at_an_end else ""
-            lines.append(pictures.Line(name, [places[i]], colour, label=label, side=side))
+    for (name, _), sizes in ranks.items():
+        colour, places = COLOURS[name], sorted(sizes)
+        if places:
+            lines.append(pictures.Line("", places, colour, "bar"))
+        for place in places:
+            config = sizes[place].config
+            whole = name if config.startswith("all") else f"{name} {config}"
+            label = whole if place == places[0] else config.split()[-1]
+            lines.append(pictures.Line(f"{name} {config}", [place], colour, label=label))
     if not lines:
         return None
+    thousands = "parameters that train, in thousands →"
+    heads = [
+        "How much is learnt with how many trained parameters: each dot the mean of 5 seeds.",
+        "Lines join the ranks (r4, r16, ...) of one method; all else is a single dot.",
+    ]
     plot = pictures.plot(
-        "Lines: a method's sizes, each at its rate in the tables, means of 5 seeds",
+        heads,
         lines,
-        pictures.Axis("parameters that train", (1e3, 1e4, 1e5, 1e6, 1e7), math.log10),
-        pictures.Axis(
-            f"wrong answers on the new tasks, % (fewer above; {LEAST}: or less)",
-            (100, 50, 20, 10, 5, 2, 1, 0.5, LEAST),
-            math.log10,
-        ),
-        height=500,
+        pictures.Axis(thousands, (3, 10, 30, 100, 300, 1000, 3000), math.log10),
+        learnt_axis(f"↑ {LEARNT} ({MOST}: or more; the scale stretches towards 100)"),
+        height=640,
+        right=560,
+        labelled=around,
     )
     return pictures.picture([plot])
+
+
+# Where labels stand -------------------------------------------------------------------------------
+
+
+class Box(NamedTuple):
+    left: float
+    right: float
+    middle: float  # of its height
+
+    def near(self, other: "Box", apart) -> bool:
+        beside = self.left < other.right and other.left < self.right
+        return beside and abs(self.middle - other.middle) < apart
+
+
+def around(labels, paths, heights):
+    """Labels (x, y, colour, words) to the right of their places, to the left, or over or under
+    them, as near as leaves room: none stands on a line or on another one, and what ties a label to
+    its place rather goes 30 pixels further than through another. The shortest come first."""
+    shapes, placed = [], []
+    lines = boxes_on(paths)
+    for x, y, colour, words in sorted(labels, key=lambda label: len(label[-1])):
+        width = pictures.LETTER * len(words)
+        found = []
+        for anchor, tie, left in (
+            ("start", x + 9, x + 9),
+            ("end", x - 9, x - 9 - width),
+            ("middle", x, x - width / 2),
+        ):
+            inside = 60 <= left and left + width <= pictures.WIDTH
+            for height in heights[::2] if inside else ():
+                box = Box(left, left + width, height)
+                if any(box.near(other, 10) for other in lines):
+                    continue
+                if any(box.near(other, 12) for other in placed):
+                    continue
+                way = boxes_on([[(x, y), (tie, height)]])
+                crossed = sum(any(other.near(step, 7) for step in way) for other in placed)
+                found.append((abs(height - y) + 30 * crossed, anchor, tie, box, way))
+        no_room = (0, "start", x + 9, Box(x + 9, x + 9 + width, y), [])
+        _, anchor, tie, box, way = min(found, key=lambda one: one[0], default=no_room)
+        placed.append(box)
+        lines += way
+        base = box.middle + 4
+        shapes.append(pictures.LABEL.format(colour, x, y, tie, box.middle, base, anchor, words))
+    return shapes
+
+
+def boxes_on(paths) -> list[Box]:
+    """Small ones along paths, so close that no word fits between two."""
+    boxes = []
+    for path in paths:
+        for (x, y), (to_x, to_y) in zip(path, path[1:] or path):
+            steps = 1 + int(math.dist((x, y), (to_x, to_y)) / pictures.LETTER)
+            for i in range(steps + 1):
+                across = x + (to_x - x) * i / steps
+                boxes.append(Box(across - 4, across + 4, y + (to_y - y) * i / steps))
+    return boxes
+
+
+# Which experts ------------------------------------------------------------------------------------
 
 
 SHARED = {"token": "choices", "gate": "routing weight", "gate_share": "weight of the chosen"}
 
 
 def experts(folders: list[Path]) -> str:
-    """Which experts ESFT chose in some runs, by one rule, from their scores.json."""
-    rows, chosen, counts, rules = {}, {}, [], set()
+    """Which experts ESFT chose in some runs, by one rule, from their scores.json: a layer's rows
+    under each other."""
+    by_layer, chosen, counts, rules = {}, {}, [], set()
     for folder in folders:
         task = run.read_json(folder / "config.json", task=str)["task"] or folder.name
         content = run.read_json(folder / "scores.json", scores=list, chosen=list, kind=str, p=float)
-        of = f"{task[:16]}, "
-        rows |= pictures.layers(content["scores"], of)
-        chosen |= pictures.layers(content["chosen"], of)
+        for i, (scores, ids) in enumerate(zip(content["scores"], content["chosen"])):
+            by_layer.setdefault(i, {})[f"layer {i}, {task[:16]}"] = scores
+            chosen[f"layer {i}, {task[:16]}"] = ids
         counts.append(f"{sum(map(len, content['chosen']))} for {task}")
         rules.add((SHARED[content["kind"]], content["p"]))
     if len(rules) > 1:
         raise ValueError(f"the runs chose by different rules, {rules}: take runs of one kind and p")
     ((shared, p),) = rules
-    title = f"ESFT trains the outlined experts: a layer's most used, until they have {p:.0%} of its"
-    note = f"{', '.join(counts)}. Colour: an expert's share of the {shared}"
-    return pictures.picture([pictures.heat(f"{title} {shared}", note, rows, chosen)])
+    heads = [
+        "The experts that a task uses, layer by layer. Outlined: those that ESFT trains for it,",
+        f"the most used, until they have {p:.0%} of a layer's {shared}: {', '.join(counts)}",
+    ]
+    rows = {name: row for layer in by_layer.values() for name, row in layer.items()}
+    return pictures.picture([pictures.heat(heads, f"share of a layer's {shared}", rows, chosen)])
 
 
 def draw(out: Path, task: str):

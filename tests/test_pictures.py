@@ -11,6 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import results
 
 from data import pictures, run
 from data.pictures import Axis, Line
@@ -26,7 +27,7 @@ RATES = [
     Line("perft_e", [(3e-5, 20.5), (3e-4, 80.25), (3e-3, 99.5)], 1, label="perft_e 99"),
     Line("perft_e", [(1e-3, 93.5)], 1, "ring", label="perft_e 93"),
     Line("perft_e", [(1e-3, 91.0), (1e-3, 96.0)], 1, "bar"),
-    Line(FULL, [(1e-4, 40), (1e-3, 99.625)], 2, "dashes", label=FULL, side="end"),
+    Line(FULL, [(1e-4, 40), (1e-3, 99.625)], 2, label=FULL),
 ]
 UP = Axis("% right", range(0, 101, 25))
 RATE = Axis("learning rate", (1e-5, 1e-4, 1e-3, 1e-2), math.log10)
@@ -67,7 +68,9 @@ PICTURES = {
     "curves": lambda: drawn(RATES, RATE),
     "nine lines that end together": lambda: drawn(MANY),
     "a crowd of points": lambda: drawn(CROWD, height=500),
-    "a crowd to the left": lambda: drawn([line._replace(side="end") for line in CROWD], height=500),
+    "curves, labelled around": lambda: drawn(RATES, RATE, labelled=results.around),
+    "nine lines, labelled around": lambda: drawn(MANY, labelled=results.around),
+    "a crowd, labelled around": lambda: drawn(CROWD, height=500, labelled=results.around),
     "one point": lambda: drawn([Line("a", [(1, 0)], 0, "ring", label="a")]),
     "routing": lambda: pictures.routing_picture(TOKENS, IDS, 32),
     "run": lambda: pictures.run_picture(RECORDS),
@@ -77,7 +80,7 @@ PICTURES = {
 
 
 def drawn(lines, x=Axis("rows", range(0, 101, 50)), y=UP, **options):  # noqa: B008
-    return pictures.picture([pictures.plot("rates", lines, x, y, **options)])
+    return pictures.picture([pictures.plot(["rates"], lines, x, y, **options)])
 
 
 every_picture = pytest.mark.parametrize("name", PICTURES)
@@ -160,6 +163,22 @@ def test_a_pointer_on_a_cell_is_told_layer_expert_and_score():
     assert {"layer 0", "layer 2", "expert"} <= set(words(PICTURES["heat map"]()))
 
 
+def test_a_heat_map_has_a_scale_of_its_colour_from_nothing_to_the_largest():
+    svg = PICTURES["heat map"]()
+    assert words(svg)[-2:] == ["0%", "80.00%, the largest score"]
+    stops = list(ElementTree.fromstring(svg).iter(f"{SVG}stop"))
+    assert [stop.get("stop-opacity", "1") for stop in stops] == ["0", "1"]
+    assert {stop.get("class") for stop in stops} == {"cell"}  # the colour of the cells
+
+
+def test_rows_of_one_group_stand_together_and_name_it_once():
+    rows = {f"{group}, {name}": [0.5] for group in ("a", "b") for name in ("x", "y")}
+    svg = pictures.picture([pictures.heat(["title"], "share", rows, {})])
+    assert [text for text in words(svg) if text[-1] in "xy"] == ["a, x", "y", "b, x", "y"]
+    a, b, c, d = [y for _, _, y in shapes(svg, "rect")]
+    assert b - a == d - c == 14 < c - b
+
+
 # Curves ------------------------------------------------------------------------------------------
 
 
@@ -238,12 +257,32 @@ def test_labels_have_the_colour_of_their_lines_and_are_tied_to_them():
     assert len(ties) == len(MANY)
 
 
-def test_a_label_is_right_or_left_of_its_point_at_the_same_height_where_there_is_room():
-    svg = drawn([Line("a", [(50, 50)], 0, label="word", side=side) for side in ("start", "end")])
+def test_a_label_is_right_of_its_point_at_the_same_height_where_there_is_room():
+    svg = drawn([Line("a", [(50, 50)], 0, label="word")])
     (label,) = [shape for shape in shapes(svg, "text") if shape[0].text == "word"]
-    (_, x, y), _ = shapes(svg, "circle")
-    assert label[0].get("text-anchor") == "end" and label[1] == x - 9
+    ((_, x, y),) = shapes(svg, "circle")
+    assert label[0].get("text-anchor") == "start" and label[1] == x + 9
     assert label[2] == pytest.approx(y + 4, abs=1)
+
+
+@pytest.mark.parametrize(
+    "taken, anchor, dx",
+    [
+        ([], "start", 9),
+        ([[(50, 50), (100, 50)]], "end", -9),
+        ([[(0, 50), (100, 50)]], "start", 9),
+    ],
+)
+def test_around_a_point_a_label_stands_beside_all_lines(taken, anchor, dx):
+    """To the right, or else to the left; where a line goes through the point, off that."""
+    lines = [Line("a", [(50, 50)], 0, label="word")]
+    lines += [Line("b", points, 1, "bar") for points in taken]
+    svg = drawn(lines, labelled=results.around)
+    (label,) = [shape for shape in shapes(svg, "text") if shape[0].text == "word"]
+    ((_, x, y),) = shapes(svg, "circle")
+    assert label[0].get("text-anchor") == anchor and label[1] == x + dx
+    off = abs(label[2] - 4 - y)
+    assert 10 <= off <= 12 if taken and taken[0][0][0] == 0 else off <= 1
 
 
 # The experts of a prompt -------------------------------------------------------------------------
@@ -275,13 +314,16 @@ def test_the_picture_of_a_run_has_every_loss_and_accuracy_and_the_first_and_last
     task = {"kinship_new: 0, 0", "kinship_new: 30, 0.5", "kinship_new: 60, 0.975"}
     kept = {"kept: 0, 0.9127", "kept: 30, 0.85", "kept: 60, 0.7964"}
     assert losses | task | kept <= found and not any(text.startswith("sort") for text in found)
-    titles = [text for text in words(PICTURES["run of perft_r"]()) if "share of its" in text]
-    assert [title.split("'s share")[0] for title in titles] == [
-        "Colour: each expert",
-        "Colour: each adapter",
+    shown = words(PICTURES["run of perft_r"]())
+    titles = [text for text in shown if text.startswith("How the ")]
+    assert [title.split(" are used")[0] for title in titles] == [
+        "How the experts",
+        "How the adapters",
     ]
-    rows = [text for text in words(PICTURES["run of perft_r"]()) if text.startswith("step ")]
-    assert rows == [f"step {step}, layer {i}" for step in (20, 60) for i in range(3)] * 2
+    assert sum("the largest share of a layer's choices" in text for text in shown) == 2
+    rows = [text for text in shown if "layer " in text]
+    once = ["step 20, layer 0", "layer 1", "layer 2", "step 60, layer 0", "layer 1", "layer 2"]
+    assert [row for row in rows if row[-1].isdigit()] == once * 2
     assert "step 20, layer 1, column 0: 0.8" in found
     assert not any("adapter" in text for text in words(PICTURES["run"]()))
 
@@ -367,3 +409,23 @@ def test_a_picture_of_the_readme_is_xml_and_has_colours_for_a_dark_page(file):
     assert "prefers-color-scheme: dark" in file.read_text()
     whole = [r for r in root.iter(f"{SVG}rect") if r.get("width") == root.get("width")]
     assert whole == []  # a white slab
+
+
+@pytest.mark.parametrize("name", ["frontier", "parameters"])
+def test_no_label_of_the_results_stands_on_a_line_or_on_another_word(name):
+    svg = (ROOT / "assets" / f"{name}.svg").read_text()
+    labels = [box for box, shape in zip(boxes(svg), shapes(svg, "text")) if shape[0].get("class")]
+    assert len(labels) > 10
+    for a, b in itertools.product(labels, boxes(svg)):
+        apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        assert a == b or apart, (a, b)
+    for path in ElementTree.fromstring(svg).iter(f"{SVG}path"):
+        if not path.get("class").startswith("c"):
+            continue  # a level, or what ties a label to its place
+        corners = path.get("d").removeprefix("M ").split()
+        corners = [tuple(map(float, corner.split(","))) for corner in corners]
+        for (x, y), (to_x, to_y) in itertools.pairwise(corners):
+            for i in range(101):
+                px, py = x + (to_x - x) * i / 100, y + (to_y - y) * i / 100
+                for left, top, right, bottom, text in labels:
+                    assert not (left < px < right and top < py < bottom), (text, px, py)

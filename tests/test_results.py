@@ -151,7 +151,7 @@ def test_a_method_is_left_out_while_a_rate_is_missing(by_hand):
     assert by_hand.rate(METHOD) is None and by_hand.rate(OTHER) == 2e-3
     lines = results.table(by_hand, results.METHODS)
     assert [line.split()[1] for line in lines[2:]] == ["perft_s"]
-    assert "perft_e" not in results.parameters(by_hand)
+    assert results.parameters(by_hand) is results.frontier(by_hand) is None
 
 
 def test_what_is_kept_is_counted_where_enough_is_learnt_along_the_run(by_hand):
@@ -182,49 +182,74 @@ def test_a_claim_is_told_by_what_its_methods_learn_and_keep(by_hand, monkeypatch
 def test_the_frontier_has_the_rates_that_somebody_would_choose_and_the_mean(by_hand):
     svg = ElementTree.fromstring(results.frontier(by_hand))
     told = [circle[0].text for circle in svg.iter(f"{SVG}circle")]
-    # the ring, then the line, without 3e-3, which 2e-3 beats in both; nor the one that is at 45 %
-    mean = f"perft_e r16: {100 - 100 * (0.96 + 0.97 + 0.92) / 3:.7g}, {(86 + 84 + 80) / 3:.7g}"
-    assert told == [mean, "perft_e r16: 30, 88", "perft_e r16: 4, 86", "perft_e r16: 1, 81"]
+    # the ring, then the line through it, without 3e-3, which 2e-3 beats in both; nor the one that
+    # is at 45 %
+    mean = f"perft_e r16: {100 * (0.96 + 0.97 + 0.92) / 3:.7g}, {(86 + 84 + 80) / 3:.7g}"
+    assert told == [mean, "perft_e r16: 70, 88", mean, "perft_e r16: 99, 81"]
+    ring, _, on_the_line, _ = svg.iter(f"{SVG}circle")
+    assert [ring.get(key) for key in ("cx", "cy")] == [on_the_line.get(key) for key in ("cx", "cy")]
+    assert ring.get("class").split()[0] == on_the_line.get("class").split()[0]
     looks = [path.get("class").split()[-1] for path in svg.iter(f"{SVG}path")]
-    assert [look for look in looks if look in ("bar", "line", "dashes")] == ["bar", "bar", "dashes"]
+    assert [look for look in looks if look in ("bar", "line")] == ["bar", "bar", "line", "bar"]
+    assert "before fine-tuning" in [text.text for text in svg.iter(f"{SVG}text")]  # the last bar
 
 
-def test_sizes_of_a_method_have_its_colour_and_all_but_the_first_are_dashed(by_hand, monkeypatch):
+def test_of_a_methods_sizes_the_frontier_has_the_one_that_keeps_most(by_hand, monkeypatch):
     monkeypatch.setattr(results, "METHODS", [METHOD, METHOD._replace(config="r4")])
-    again = [row | {"config": "r4"} for row in by_hand.rows if row["method"] == METHOD.name]
-    by_hand.rows += again
+    known = [row for row in by_hand.rows if row["method"] == METHOD.name]
+    by_hand.rows += [row | {"config": "r4", "kept": row["kept"] + 0.01} for row in known]
     by_hand.curves += [row | {"config": "r4"} for row in by_hand.curves]
     svg = ElementTree.fromstring(results.frontier(by_hand))
-    classes = [path.get("class").split() for path in svg.iter(f"{SVG}path")]
-    (first, look), (second, other) = [c for c in classes if c[-1] in ("line", "dashes")]
-    assert first == second and (look, other) == ("line", "dashes")
+    told = [circle[0].text for circle in svg.iter(f"{SVG}circle")]
+    assert {words.split(":")[0] for words in told} == {"perft_e r4"}
+    assert "perft_e r4" in [text.text for text in svg.iter(f"{SVG}text")]
 
 
 def test_a_size_stands_at_its_number_of_parameters_and_the_mean_of_its_seeds(by_hand):
+    for row in by_hand.rows:
+        row["trains"] = 65_536.0
+        if row["method"] == OTHER.name:
+            row["target"] = 0.55
     svg = ElementTree.fromstring(results.parameters(by_hand))
     told = {circle[0].text for circle in svg.iter(f"{SVG}circle")}
-    assert told == {"perft_e r16: 1024, 5", "perft_s r16: 1024, 55"}
-    heights = {c[0].text: float(c.get("cy")) for c in svg.iter(f"{SVG}circle")}
-    assert heights["perft_e r16: 1024, 5"] < heights["perft_s r16: 1024, 55"]
+    assert told == {"perft_e r16: 65.536, 95", "perft_s r16: 65.536, 55"}
+    places = {c[0].text: (float(c.get("cx")), float(c.get("cy"))) for c in svg.iter(f"{SVG}circle")}
+    (x, more), (same, less) = (places[name] for name in sorted(told))
+    assert x == same and more < less  # downwards
 
 
-def test_both_ends_of_a_methods_sizes_are_named(tmp_path, monkeypatch):
-    """Of three sizes, two; of sizes that are one point, one."""
-    sizes = [METHOD._replace(config=f"r{n}", three=(1e-3, 1e-3)) for n in (2, 4, 8)]
-    same = [OTHER._replace(config=name, three=(1e-3, 1e-3)) for name in ("p", "share")]
-    monkeypatch.setattr(results, "METHODS", sizes + same)
+def test_what_learns_less_than_half_is_in_no_picture(by_hand):
+    assert "perft_e" in results.parameters(by_hand) and "perft_e" in results.frontier(by_hand)
+    assert "perft_s" not in results.parameters(by_hand) + results.frontier(by_hand)
+
+
+def test_a_line_joins_the_ranks_of_a_method_and_each_of_them_is_named(tmp_path, monkeypatch):
+    """What has no rank is a dot, and sizes that are one point are named once."""
+    ranks = [METHOD._replace(config=f"r{n}", three=(1e-3, 1e-3)) for n in (2, 4, 8)]
+    others = [OTHER._replace(config=name, three=(1e-3, 1e-3)) for name in ("p", "share", "groups")]
+    monkeypatch.setattr(results, "METHODS", ranks + others)
     monkeypatch.setattr(results, "SIZES", [])
-    rows = [(m, 1e-3, 0, 0.5 + 0.1 * i, 0.8) for i, m in enumerate(sizes)]
-    rows += [(m, 1e-3, 0, 0.9, 0.8) for m in same]
+    rows = [(m, 1e-3, 0, 0.7 + 0.1 * i, 0.8) for i, m in enumerate(ranks)]
+    rows += [(m, 1e-3, 0, 0.6, 0.8) for m in others]
     curves = [(m, 1e-3, 0, 300, target, kept) for m, _, _, target, kept in rows]
     found = write(tmp_path, rows, curves)
     for row in found.rows:
-        row["trains"] = 1024.0 * (float(row["config"][1:]) if row["config"][0] == "r" else 1)
+        number = {"p": 16, "share": 16, "groups": 64}.get(row["config"]) or int(row["config"][1:])
+        row["trains"] = 1024.0 * number
     svg = ElementTree.fromstring(results.parameters(found))
     words = [text.text for text in svg.iter(f"{SVG}text") if text.get("class")]
-    assert sorted(words) == ["perft_e r2", "perft_e r8", "perft_s p"]
-    sides = {text.text: text.get("text-anchor") for text in svg.iter(f"{SVG}text")}
-    assert sides["perft_e r2"] == "end" and sides["perft_e r8"] == "start"
+    assert sorted(words) == ["perft_e r2", "perft_s groups", "perft_s p", "r4", "r8"]
+    bars = [
+        path.get("d").count(",") for path in svg.iter(f"{SVG}path") if "bar" in path.get("class")
+    ]
+    assert sorted(bars) == [1, 1, 3]
+
+
+def test_the_pictures_of_the_pages_are_drawn_from_their_tables():
+    found = results.Results(results.RESULTS, "three_new")
+    for make in (results.frontier, results.parameters):
+        path = results.RESULTS.with_name(f"{make.__name__}.svg")
+        assert path.read_text(encoding="utf-8") == make(found), path.name
 
 
 def test_the_experts_of_two_tasks_stand_in_one_grid_that_says_how_they_were_chosen(tmp_path):
@@ -239,18 +264,19 @@ def test_the_experts_of_two_tasks_stand_in_one_grid_that_says_how_they_were_chos
     results.main(["--experts", *folders, str(tmp_path / "esft.svg")])
     svg = ElementTree.parse(tmp_path / "esft.svg")
     words = [text.text for text in svg.iter(f"{SVG}text")]
-    rows = [word for word in words if ", layer" in word]
-    assert rows == [f"{task}, layer {i}" for task in chosen for i in range(2)]
-    assert words[0].endswith("a layer's most used, until they have 20% of its choices")
-    assert words[1].startswith("3 for kinship_new, 3 for cipher_new. Colour: an expert's share")
-    assert words[1].endswith(", 70.0% at most")
+    rows = [word for word in words[2:] if word.endswith("_new")]
+    assert rows == ["layer 0, kinship_new", "cipher_new", "layer 1, kinship_new", "cipher_new"]
+    assert "Outlined: those that ESFT trains" in words[0]
+    assert words[1].startswith("the most used, until they have 20% of a layer's choices: ")
+    assert words[1].endswith(": 3 for kinship_new, 3 for cipher_new")
+    assert words[-2:] == ["0%", "70.00%, the largest share of a layer's choices"]
     outlined = [
         r[0].text.split(":")[0] for r in svg.iter(f"{SVG}rect") if r.get("class") == "chosen"
     ]
     expected = [
-        f"{task}, layer {i}, column {e}"
-        for task in chosen
+        f"layer {i}, {task}, column {e}"
         for i in range(2)
+        for task in chosen
         for e in sorted(chosen[task][i])
     ]
     assert outlined == expected
