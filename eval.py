@@ -59,7 +59,7 @@ from data.decode import Decoder, KVCache
 from data.run import ON, Flag, count, fraction, from_zero, group, natural, number
 from data.tasks import GROUPS, TASKS, TEMPLATES
 from data.tokenizer import load_tokenizer
-from model import DTYPES, EMBEDDED, Config, MoETransformer
+from model import EMBEDDED, Config, MoETransformer
 
 SKILLS = [*skills.TARGETS, *skills.FAMILIES]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -151,15 +151,9 @@ def load_config(folder):
 
 def load_model(folder, config, dtype="float32", device="cpu", edit=None):
     """The weights for a config of load_config. edit(model): before it has any, see model.py."""
-    model = MoETransformer.from_pretrained(folder or EMBEDDED, DTYPES[dtype], device, edit)
+    model = MoETransformer.from_pretrained(folder or EMBEDDED, hub.DTYPES[dtype], device, edit)
     model.config.eos_token_id = config.eos_token_id
     return model
-
-
-def load_base(folder, dtype="float32", device="cpu"):
-    """A model folder (None: the embedded one) -> (model in eval mode, tokenizer)."""
-    config, tokenizer = load_config(folder)
-    return load_model(folder, config, dtype, device), tokenizer
 
 
 def load_trained(model, folder):
@@ -635,7 +629,7 @@ FLAGS = [
         "model",
         adapter=Flag("DIR", None, "run folder of train.py; its base and task are taken"),
         base=Flag("DIR", str(EMBEDDED), "model folder"),
-        dtype=Flag(DTYPES, "float32", "of the base"),
+        dtype=Flag(hub.DTYPES, "float32", "of the base"),
         device=Flag("NAME", DEVICE, "where"),
         threads=Flag(run.threads, None, "of the CPU (embedded model: 1)"),
     ),

@@ -49,10 +49,8 @@ from torch.utils.checkpoint import checkpoint
 
 from data import decode, hub
 from data import shard as processes  # of which one may be all: then it does nothing
+from data.hub import EMBEDDED
 from moe import MoE, Routing
-
-DTYPES = hub.DTYPES  # what a base may be loaded in
-EMBEDDED = hub.EMBEDDED  # the model that is always there
 
 
 @dataclass

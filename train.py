@@ -71,7 +71,7 @@ import perft
 from data import dataset, hub, pictures, skills, tasks
 from data import shard as processes
 from data.run import ON, ON_OFF, Flag, count, fraction, from_zero, group, natural, number, positive
-from model import DTYPES, EMBEDDED, Config, MoETransformer
+from model import EMBEDDED, Config, MoETransformer
 from moe import expert_counts, load_balancing_loss, shares
 from perft import BASELINES, CHOICES, LORA, PERFT, PerftConfig
 
@@ -136,7 +136,7 @@ def run_steps(settings, model, optimizer, batches, log, noted, after_step):
     if settings.compile:
         compile_blocks(model)
     model.train()
-    guard, clock = Guard(model), Clock()
+    guard, clock = Guard(model), Clock(first)
     counts = 0  # (L, E): choices of each expert, since `first`
     all_learn = False
     print("  step cross-entropy  balance        lr grad norm  tokens/s    memory   load")
@@ -157,10 +157,7 @@ def run_steps(settings, model, optimizer, batches, log, noted, after_step):
         if logging or saving:  # the device is asked now, and in no step between
             finite = guard.read(settings, log, is_last)
         if logging and finite:
-            seconds_left = clock.left(done - first, steps - done)
-            log_step(
-                settings, log, model, batch, step, losses, grad_norm, clock.speed(), seconds_left
-            )
+            log_step(settings, log, model, batch, step, losses, grad_norm, clock)
             all_learn = all_learn or check_inert(model, optimizer, counts)
         with clock.paused():
             after_step(done)
@@ -437,7 +434,8 @@ def measure_after(settings, data, measure_when, log, done):
 class Clock:
     """How fast the steps are, without what is measured between them."""
 
-    def __init__(self):
+    def __init__(self, first):
+        self.first = first  # step
         self.begun = self.since = time.perf_counter()
         self.tokens = 0  # since then
 
@@ -454,13 +452,15 @@ class Clock:
         self.tokens, self.since = 0, now
         return speed
 
-    def left(self, done, to_do):
-        """Seconds, measuring included."""
-        return (time.perf_counter() - self.begun) / done * to_do
+    def left(self, done, steps):
+        """Seconds to the last step, measuring included."""
+        seconds = time.perf_counter() - self.begun
+        return seconds / (done - self.first) * (steps - done)
 
 
-def log_step(settings, log, model, batch, step, losses, grad_norm, speed, seconds_left):
-    """A line of the screen and of metrics.jsonl. speed: tokens a second."""
+def log_step(settings, log, model, batch, step, losses, grad_norm, clock):
+    """A line of the screen and of metrics.jsonl."""
+    speed, seconds_left = clock.speed(), clock.left(step + 1, settings.steps)
     seconds = int(batch.mask.sum()) / speed
     peak_share = share_of_peak(model, batch, losses.counts, settings.device, seconds)
     load = shares(losses.counts)
@@ -555,7 +555,7 @@ def check_memory(args, config, edit):
     """Print the memory that a step takes for sure, by a model that takes none itself. ValueError if
     the device has not as much."""
     with torch.device("meta"):
-        model = edit(MoETransformer(config).to(DTYPES[args.dtype]))
+        model = edit(MoETransformer(config).to(hub.DTYPES[args.dtype]))
     parameters = list(model.parameters())
     trained = sum(p.nbytes for p in parameters if p.requires_grad) // processes.WORLD
     frozen = sum(p.nbytes for p in parameters) // processes.WORLD - trained

@@ -332,9 +332,10 @@ def load_file(args, tokenizer, positions):
             raise ValueError(f"{path}: holds messages, which have one form; drop --template")
         template = "chat"
     max_length = min(args.max_length, positions)
-    options = template, tokenizer, args.train_on_inputs, max_length
     bar = tqdm(rows, desc="tokenising", unit=" rows", disable=None, leave=False)
-    whole = Dataset(encode_row(row, *options) for row in bar)
+    whole = Dataset(
+        encode_row(row, template, tokenizer, args.train_on_inputs, max_length) for row in bar
+    )
 
     kept, out = split(len(rows), args.held_out, SPLIT_SEED)
     train, held_out = whole.trainable(kept), whole.trainable(out)

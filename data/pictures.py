@@ -40,7 +40,7 @@ circle, rect { fill: currentColor } .ring { fill: none; stroke: currentColor; st
 svg { color: #ccc } text[class] { stroke: #111 } .cell, .chosen { color: #56b4e9 }
 .c0 { color: #56b4e9 } .c1 { color: #f0915a } .c2 { color: #2fc39b } .c3 { color: #e08fc4 }
 .c4 { color: #d8c64a } .c5 { color: #a9a0f5 } .c6 { color: #eee }
-.c7 { color: #d99a7f } .c8 { color: #8cc8de } .c9 { color: #ff80ab } .c10 { color: #a5d64f }
+.c7 { color: #bf8a6f } .c8 { color: #bcd3de } .c9 { color: #ff5c5c } .c10 { color: #a5d64f }
 .c11 { color: #999 }
 }
 </style>"""
@@ -51,6 +51,8 @@ PAGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" viewB
 """
 PANEL = '<g transform="translate(0 {})">'
 TEXT = '<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>'
+TICK = """<text x="{1:.1f}" y="{2:.1f}" text-anchor="middle">{0:,.9g}</text>
+<path class="level" d="M {1:.1f},{3:.1f} V {4:.1f}"/>"""
 LEVEL = """<text x="54" y="{1:.1f}" text-anchor="end">{0:.7g}</text>
 <path class="level" d="M 60,{2:.1f} H {3}"/>"""
 PATH = '<path class="c{} {}" d="M {}"/>'
@@ -123,7 +125,7 @@ def frame(x, y, x_at, y_at):
     bottom, right = y_at(y.ticks[0]), x_at(x.ticks[-1])
     shapes = [text(right, bottom + 36, x.label, "end")]
     for tick in x.ticks:
-        shapes.append(text(x_at(tick), bottom + 18, f"{tick:,.9g}", "middle"))
+        shapes.append(TICK.format(tick, x_at(tick), bottom + 18, bottom, y_at(y.ticks[-1])))
     for tick in y.ticks:
         shapes.append(LEVEL.format(tick, y_at(tick) + 4, y_at(tick), right))
     return shapes
@@ -144,13 +146,13 @@ def drawn(line, places):
 
 
 def to_the_right(labels, paths, heights):
-    """Labels (x, y, colour, words) beside their places, or above or below, as near as others leave
-    room. No path is in their way where all of them end at the right."""
-    shapes, taken = [], []
-    for x, y, colour, words in sorted(labels):
-        free = [height for height in heights if all(abs(height - other) > 12 for other in taken)]
-        middle = min(free, key=lambda height: abs(height - y), default=y)
-        taken.append(middle)
+    """Labels (x, y, colour, words) beside their places, in the order of these, as near as others
+    leave room: where all lines end at the right."""
+    shapes, free, left = [], heights[0], len(labels)
+    for x, y, colour, words in sorted(labels, key=lambda label: label[1]):
+        left -= 1
+        middle = min(max(y, free), heights[-1] - 13 * left)  # those that are left need room below
+        free = middle + 13
         shapes.append(LABEL.format(colour, x, y, x + 9, middle, middle + 4, "start", words))
     return shapes
 
@@ -268,7 +270,7 @@ def run_picture(records: list[dict]) -> str:
         for step, load in loads[:1] + loads[-1:]:
             rows |= layers(load, f"step {step}, ")
         if rows:
-            heads = [f"How the {which}s are used", "at the first step and at the last"]
+            heads = [f"How the {which}s are used", "at the first line of the log and at the last"]
             panels.append(heat(heads, "share of a layer's choices", rows, {}, which))
     return picture(panels)
 

@@ -78,6 +78,7 @@ from data import hub, run, skills  # noqa: E402
 from data.dataset import encode_prompt, encode_rows, pad_batch  # noqa: E402
 from data.hub import make_config  # noqa: E402
 from data.tasks import TASKS  # noqa: E402
+from data.tokenizer import load_tokenizer  # noqa: E402
 from model import EMBEDDED, Config, MoETransformer  # noqa: E402
 from moe import expert_load  # noqa: E402
 from perft import OLMOE_1B_7B, PERFT, PerftConfig  # noqa: E402
@@ -222,7 +223,7 @@ class Base(NamedTuple):
 
     def ours(self) -> MoETransformer:
         if self.config is None:
-            return eval.load_base(EMBEDDED, device=self.device)[0].train()
+            return MoETransformer.from_pretrained(EMBEDDED, device=self.device).train()
         with torch.device("meta"):
             model = MoETransformer(self.config)
         model = model.to(self.dtype).to_empty(device=self.device).train()
@@ -661,7 +662,7 @@ def esft_row(case: str, frozen, chosen, forward, share: float, g: float, rounds:
 
 def tiny_model_row(rounds: int) -> dict:
     """The embedded model on 64 rows of kinship_new, experts chosen by ESFT-token on 500 rows."""
-    frozen, tokenizer = eval.load_base(EMBEDDED)
+    frozen, tokenizer = MoETransformer.from_pretrained(EMBEDDED), load_tokenizer(EMBEDDED)
     c = frozen.config
     examples = encode_rows(skills.sample("kinship_new", "train", 500), tokenizer)
     usage = esft.collect(frozen, [pad_batch(examples, tokenizer.pad_id, "cpu")])
@@ -734,7 +735,7 @@ def bench_eval(args) -> Table:
     generate; and scoring 4 choices."""
     import transformers
 
-    model, tokenizer = eval.load_base(EMBEDDED)
+    model, tokenizer = MoETransformer.from_pretrained(EMBEDDED), load_tokenizer(EMBEDDED)
     auto = transformers.AutoModelForCausalLM
     theirs = auto.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
     words = "\n\nAnswer1: a Answer2: b Answer3: c\n\nAnswer format: answer1/answer2/answer3/answer4"

@@ -22,3 +22,11 @@ SMALL = {
     "eos_token_id": 0,
     "pad_token_id": 1,
 }
+
+
+def load_base(folder, dtype="float32"):
+    """A model folder -> its model in eval mode, and its tokenizer."""
+    import eval
+
+    config, tokenizer = eval.load_config(folder)
+    return eval.load_model(folder, config, dtype), tokenizer

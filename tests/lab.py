@@ -313,7 +313,8 @@ def at_least(bound: float, what: str, accuracy: float):
 def load_model():
     """The embedded model and its tokenizer, new for each exercise."""
     torch.manual_seed(SEED)
-    model, tokenizer = eval.load_base(None)
+    config, tokenizer = eval.load_config(None)
+    model = eval.load_model(None, config)
     return model.requires_grad_(False), tokenizer
 
 

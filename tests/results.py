@@ -544,7 +544,7 @@ def stretched(right: float) -> float:
 
 
 def learnt_axis(label):
-    return pictures.Axis(label, (LEAST, 80, 90, 95, 98, 99, 99.5, MOST), stretched)
+    return pictures.Axis(label, (LEAST, 80, 90, 95, 97, 98, 99, 99.5, MOST), stretched)
 
 
 def learnt_and_kept(row: dict) -> tuple[float, float]:
@@ -581,7 +581,8 @@ def frontier(results: Results) -> str | None:
     kept = "↑ kept: right answers on earlier skills, % (both scales stretch towards 100)"
     heads = [
         "What each method learns and what it keeps: a line through its learning rates.",
-        "Ring: the rate chosen, mean of 5 seeds ± standard error. Dot: another rate, one seed.",
+        "Ring: the rate that keeps most where 95 % is learnt, mean of 5 seeds ± standard error.",
+        "Dot: another rate, one seed.",
     ]
     plot = pictures.plot(
         heads,
@@ -617,7 +618,7 @@ def through_rates(results: Results, m: Method, label: str) -> list[pictures.Line
 
 def parameters(results: Results) -> str | None:
     """Learnt, on test rows, against what trains, each size at its rate, means over seeds: a line
-    through a method's ranks, of which the lowest has its name. Left out: as above, and a size that
+    through a method's ranks, whose ends have its name. Left out: as above, and a size that
     is the same as another one."""
     ranks = {}
     for m in METHODS + SIZES:
@@ -636,7 +637,7 @@ def parameters(results: Results) -> str | None:
         for place in places:
             config = sizes[place].config
             whole = name if config.startswith("all") else f"{name} {config}"
-            label = whole if place == places[0] else config.split()[-1]
+            label = whole if place in (places[0], places[-1]) else config.split()[-1]
             lines.append(pictures.Line(f"{name} {config}", [place], colour, label=label))
     if not lines:
         return None
@@ -725,17 +726,21 @@ def experts(folders: list[Path]) -> str:
     """Which experts ESFT chose in some runs, by one rule, from their scores.json: a layer's rows
     under each other."""
     by_layer, chosen, counts, rules = {}, {}, [], set()
+    trained = []  # of each run {(layer, expert)}
     for folder in folders:
         task = run.read_json(folder / "config.json", task=str)["task"] or folder.name
         content = run.read_json(folder / "scores.json", scores=list, chosen=list, kind=str, p=float)
         for i, (scores, ids) in enumerate(zip(content["scores"], content["chosen"])):
             by_layer.setdefault(i, {})[f"layer {i}, {task[:16]}"] = scores
             chosen[f"layer {i}, {task[:16]}"] = ids
-        counts.append(f"{sum(map(len, content['chosen']))} for {task}")
+        trained.append({(i, e) for i, ids in enumerate(content["chosen"]) for e in ids})
+        counts.append(f"{len(trained[-1])} for {task}")
         rules.add((SHARED[content["kind"]], content["p"]))
     if len(rules) > 1:
         raise ValueError(f"the runs chose by different rules, {rules}: take runs of one kind and p")
     ((shared, p),) = rules
+    if len(trained) > 1:
+        counts.append(f"{len(set.intersection(*trained))} for both")
     heads = [
         "The experts that a task uses, layer by layer. Outlined: those that ESFT trains for it,",
         f"the most used, until they have {p:.0%} of a layer's {shared}: {', '.join(counts)}",

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_base
 from test_train import failure, make_base, metrics, one_thread  # noqa: F401 (used by being here)
 
 import eval
@@ -25,7 +26,7 @@ from data import pictures, skills
 from data.dataset import encode_rows
 from data.tasks import TEMPLATES, chat_turns
 from data.tokenizer import load_tokenizer
-from eval import accuracies, is_right, load_base, load_trained
+from eval import accuracies, is_right, load_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny_olmoe"

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import load_base
 from test_train import (  # noqa: F401 (one_thread is a fixture, used by being here)
     ctrl_c,
     failure,
@@ -34,7 +35,7 @@ from data import dataset
 from data.dataset import encode, read_rows, split
 from data.tasks import GROUPS, TASKS, TEMPLATES, chat_turns
 from data.tokenizer import load_tokenizer
-from eval import encode_pair, load_base, load_trained, log_likelihoods
+from eval import encode_pair, load_trained, log_likelihoods
 from model import Config, MoETransformer
 
 ROOT = Path(__file__).resolve().parent.parent

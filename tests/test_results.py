@@ -238,7 +238,7 @@ def test_a_line_joins_the_ranks_of_a_method_and_each_of_them_is_named(tmp_path, 
         row["trains"] = 1024.0 * number
     svg = ElementTree.fromstring(results.parameters(found))
     words = [text.text for text in svg.iter(f"{SVG}text") if text.get("class")]
-    assert sorted(words) == ["perft_e r2", "perft_s groups", "perft_s p", "r4", "r8"]
+    assert sorted(words) == ["perft_e r2", "perft_e r8", "perft_s groups", "perft_s p", "r4"]
     bars = [
         path.get("d").count(",") for path in svg.iter(f"{SVG}path") if "bar" in path.get("class")
     ]
@@ -268,7 +268,7 @@ def test_the_experts_of_two_tasks_stand_in_one_grid_that_says_how_they_were_chos
     assert rows == ["layer 0, kinship_new", "cipher_new", "layer 1, kinship_new", "cipher_new"]
     assert "Outlined: those that ESFT trains" in words[0]
     assert words[1].startswith("the most used, until they have 20% of a layer's choices: ")
-    assert words[1].endswith(": 3 for kinship_new, 3 for cipher_new")
+    assert words[1].endswith(": 3 for kinship_new, 3 for cipher_new, 2 for both")
     assert words[-2:] == ["0%", "70.00%, the largest share of a layer's choices"]
     outlined = [
         r[0].text.split(":")[0] for r in svg.iter(f"{SVG}rect") if r.get("class") == "chosen"

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import load_base
 
 import eval
 import perft
@@ -27,7 +28,6 @@ from data.dataset import encode_rows, pad_batch
 from data.hub import Place, SafetensorsFile, write_tensors
 from data.tokenizer import load_tokenizer
 from esft import apply_esft
-from eval import load_base
 from model import Config, MoETransformer
 from moe import Routing, load_balancing_loss
 from train import VARIANTS
