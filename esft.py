@@ -323,8 +323,9 @@ def describe_choice(chosen, usage):
 
 # Files -------------------------------------------------------------------------------------------
 #
-# Attaching and training need moe.py and perft.py alone, so that the three files can be taken
-# elsewhere; what is known of folders is in data/hub.py, and is imported where it is used.
+# To train experts of a model of your own, take moe.py, perft.py and this file along; what only
+# folders need is in data/, and is imported where it is used. Your model is as perft.py wants it;
+# `collect` calls it as model(ids, mask, last_only=True), whose result has `routings`.
 
 
 def read_config(path: str | Path, base) -> EsftConfig:

@@ -617,12 +617,13 @@ def measure_sets(args, load, tokenizer):
 # The command -------------------------------------------------------------------------------------
 
 
-# What a command may ask.
+# What a command may ask. Test sets, and skills that are named with them, are answered by one of two
+# methods.
 PROMPT = "--prompt and --chat"
 SKILLS_ONLY = "skills"
+SETS = "test sets"
 GENERATE = "test sets by generation"
 LIKELIHOOD = "test sets by --method likelihood"
-SETS = (GENERATE, LIKELIHOOD)  # and skills that are named with them
 
 FLAGS = [
     group(
@@ -658,22 +659,25 @@ FLAGS = [
     ),
     group(
         "accuracy",
-        tasks=Flag([*GROUPS, *TASKS, *SKILLS], None, "what to measure", (SKILLS_ONLY, *SETS)),
+        tasks=Flag([*GROUPS, *TASKS, *SKILLS], None, "what to measure", (SKILLS_ONLY, SETS)),
         eval_rows=Flag(
             count,
             None,
             "test rows of each (skills: as in the run, or 500; test sets: all)",
-            (SKILLS_ONLY, *SETS),
+            (SKILLS_ONLY, SETS),
         ),
-        method=Flag(("generate", "likelihood"), "generate", "of answering test sets", SETS),
+        method=Flag(("generate", "likelihood"), "generate", "of answering test sets", (SETS,)),
         choices=Flag(("words", "texts"), "words", "what likelihood scores", (LIKELIHOOD,)),
-        template=Flag(TEMPLATES, "papers", "of the prompt", SETS),
-        test_dir=Flag("DIR", str(DOWNLOADS / "test"), "of the test sets", SETS),
-        batch_size=Flag(count, 32, "rows at a time", SETS),
+        template=Flag(TEMPLATES, "papers", "of the prompt", (SETS,)),
+        test_dir=Flag("DIR", str(DOWNLOADS / "test"), "of the test sets", (SETS,)),
+        batch_size=Flag(count, 32, "rows at a time", (SETS,)),
         out=Flag(
-            "DIR", None, "predictions and results (RUN/eval_METHOD); a stopped one continues", SETS
+            "DIR",
+            None,
+            "predictions and results (RUN/eval_METHOD); a stopped one continues",
+            (SETS,),
         ),
-        overwrite=Flag(ON, False, "begin again where --out holds predictions", SETS),
+        overwrite=Flag(ON, False, "begin again where --out holds predictions", (SETS,)),
     ),
 ]
 
@@ -688,29 +692,31 @@ def check_device(name):
         raise ValueError(f"--device: {name} is not available here; try cpu") from None
 
 
-def question_of(values):
+def questions_of(values):
     """What a command asks, by the values of its flags."""
     if values.get("prompt") is not None or values.get("chat") is not None:
-        return PROMPT
+        return {PROMPT}
     if {*GROUPS, *TASKS}.isdisjoint(values.get("tasks") or ()):
-        return SKILLS_ONLY
-    return LIKELIHOOD if values.get("method") == "likelihood" else GENERATE
+        return {SKILLS_ONLY}
+    return {SETS, LIKELIHOOD if values.get("method") == "likelihood" else GENERATE}
 
 
 def decide(given):
     """Of run.read_flags: defaults, those of the run that made the adapter, and absent flags."""
-    question = question_of(given)
-    trained = settings_of_run(given.get("adapter"))
+    asked = questions_of(given)
+    adapter = given.get("adapter")
+    trained = settings_of_run(adapter)
+    if adapter and not trained and "base" not in given:
+        raise ValueError(f"{adapter}/config.json: no such file, to say the base; give --base")
     defaults = {name: trained[name] for name in ("base", "dtype") if trained.get(name)}
     if trained.get("template") in TEMPLATES:
         defaults["template"] = trained["template"]
-    if question == GENERATE:
+    if GENERATE in asked:
         defaults |= {"num_beams": 4, "max_new_tokens": None}  # None: as its papers, of each task
     absent = {}
     for name, flag in [item for _, flags in FLAGS for item in flags.items()]:
-        if flag.of and question not in flag.of and given:  # nothing given: --help, for the reader
-            where = " and ".join(flag.of).replace(" and ".join(SETS), "test sets")
-            absent[name] = f"applies to {where} only"
+        if flag.of and asked.isdisjoint(flag.of) and given:  # nothing given: --help has them all
+            absent[name] = f"applies to {' and '.join(flag.of)} only"
     if given.get("choices") == "texts":
         absent["template"] = "applies to --choices words only"
     if "chat" in given:
@@ -742,7 +748,7 @@ def parse_args(argv=None):
     except ValueError as error:
         run.refuse(str(error))
     args.trained = settings_of_run(args.adapter)
-    if question_of(vars(args)) == GENERATE:  # of each group of tasks
+    if GENERATE in questions_of(vars(args)):  # of each group of tasks
         limit = args.max_new_tokens
         args.max_new_tokens = {
             name: limit or TASKS[tasks[0]].max_new_tokens for name, tasks in GROUPS.items()
@@ -773,8 +779,8 @@ def main(argv=None):
     config, tokenizer = load_config(args.base)
     embedded = is_embedded(args.base)
     knows_world = embedded and not args.trained.get("data")
-    question = question_of(vars(args))
-    if not (knows_world or question == PROMPT or args.tasks):
+    asked = questions_of(vars(args))
+    if not (knows_world or PROMPT in asked or args.tasks):
         raise ValueError(
             f"{args.adapter or args.base} does not know the embedded world, whose skills are "
             "measured without --tasks; give --tasks commonsense, or --prompt TEXT"
@@ -788,9 +794,9 @@ def main(argv=None):
         return load_trained(model, args.adapter) if args.adapter else model
 
     try:
-        if question in SETS:
+        if SETS in asked:
             measure_sets(args, load, tokenizer)
-        elif question == PROMPT:
+        elif PROMPT in asked:
             answer_prompt(args, load(), tokenizer)
         else:
             measure_skills(args, load(), tokenizer)

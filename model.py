@@ -463,11 +463,14 @@ class MoETransformer(nn.Module):
             prompts = prompts.tolist()
         if not prompts or not all(prompts):
             raise ValueError("generate needs at least one prompt, and at least one token in each")
-        beams_draw = temperature > 0 and num_beams > 1
-        if num_beams < 1 or temperature < 0 or not 0 < top_p <= 1 or beams_draw:
+        if temperature > 0 and num_beams > 1:
+            raise ValueError(
+                f"temperature is {temperature}; {num_beams} beams draw nothing, drop one"
+            )
+        if num_beams < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(
                 f"num_beams {num_beams} must be at least 1, top_p {top_p} above 0 and at most 1, "
-                f"temperature {temperature} at least 0, and 0 with beams, which draw nothing"
+                f"temperature {temperature} at least 0"
             )
         if max_new_tokens < 1:
             return [[] for _ in prompts]

@@ -61,8 +61,9 @@ meets in share_met, and its flags and learning rate in train.py.
 
     python perft.py        the lesson: what each variant trains
     python perft.py merge RUN_FOLDER NEW_FOLDER [BASE]
-                           a LoRA that train.py or PEFT saved, in its base, as a Hugging Face
-                           folder: in the run's dtype, else in that of the base's files
+                           a LoRA that train.py or PEFT saved, or what router, frozen_experts and
+                           full trained, in its base, as a Hugging Face folder: in the run's dtype,
+                           else in that of the base's files
 """
 
 import json
@@ -366,10 +367,10 @@ class LoraExperts(nn.Module):
     """moe.Experts with LoRA on both matrices of each expert, or of the chosen ones. No W + B A is
     ever made: a row goes through A, is r wide, and goes through B."""
 
-    def __init__(self, base, config, layer):
+    def __init__(self, experts, config, layer):
         super().__init__()
-        self.gate_up_proj, self.down_proj = base.gate_up_proj, base.down_proj  # they keep names
-        E, D, F_ = base.down_proj.shape
+        self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj  # same names
+        E, D, F_ = self.down_proj.shape
         ids = config.experts and config.experts[layer]  # None: all
         n, r = len(ids or range(E)), config.rank
         outer = 1 if config.shared_outer else n
@@ -558,10 +559,10 @@ def report(model) -> str:
 
 # Saved, loaded, merged ---------------------------------------------------------------------------
 #
-# To attach adapters to a model of your own, take moe.py and this file along: what only folders need
-# is in data/hub.py, and is imported where it is used. Your model needs `layers`, each with a `moe`
-# (and `self_attn.q_proj`, `v_proj` for lora_qv), `norm.weight`, and a `config` with
-# num_hidden_layers, hidden_size, num_experts, num_experts_per_tok and norm_topk_prob.
+# To attach adapters to a model of your own, take moe.py and this file along. What only `report` and
+# folders need is imported where it is used, from model.py and data/. Your model needs `layers`,
+# each with a `moe` (and `self_attn.q_proj`, `v_proj` for lora_qv), `norm.weight`, and a `config`
+# with num_hidden_layers, hidden_size, num_experts, num_experts_per_tok and norm_topk_prob.
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -620,11 +621,10 @@ def load_adapter(model, folder: str | Path):
 
 @torch.no_grad()
 def merge(model):
-    """Fold LoRA into the base weights, in place: W += B A * alpha/r, of which the sum is float32,
-    and rounded once. What is left is a plain model.
+    """Make a plain model of it, in place. LoRA is folded into the base weights, W += B A * alpha/r,
+    of which the sum is float32, and rounded once; what the other baselines trained is in its place.
 
-    ValueError for every other variant: an adapter beside a non-linear expert is not a change of its
-    weights.
+    ValueError for PERFT.
     """
     check_merges(config_of(model, PerftConfig).variant)
     for module in list(model.modules()):
@@ -636,10 +636,10 @@ def merge(model):
 
 
 def check_merges(variant):
-    if variant not in LORA:
+    if variant in PERFT:
         raise ValueError(
-            f"{variant} cannot be merged: only LoRA ({', '.join(LORA)}) is a change of weights; "
-            "what stands beside the experts, or a router of its own, is a network more"
+            f"{variant} cannot be merged: an adapter beside a non-linear expert is no change of "
+            f"its weights; {', '.join(BASELINES)} can"
         )
 
 
@@ -700,7 +700,7 @@ def main(argv=None):
             dtype = hub.Tensors(base).widest_dtype()
         return merge(load_adapter(MoETransformer.from_pretrained(base, dtype), folder))
 
-    about = "fold a LoRA into its base's weights, and write them as a Hugging Face folder"
+    about = "write what a run of a baseline trained, in its base, as a Hugging Face folder"
     hub.lesson_or_write(argv, lesson, "merge", about, attach)
 
 

@@ -813,7 +813,8 @@ def restore(content, model, optimizer):
     """Go on from the saved state of a run -> a record of that."""
     out = Path(content["out"])
     fixed = {name: value for name, value in content.items() if name not in MAY_DIFFER}
-    changed = run.changes(run.read_json(out / "config.json"), fixed)
+    then = run.read_json(out / "config.json")
+    changed = run.changes(then, fixed)
     if changed:
         raise ValueError(f"--resume continues {out} as it was begun; changed: {changed}")
     hub.Tensors(out / STATE).fill(state_places(model, optimizer))
@@ -827,6 +828,9 @@ def restore(content, model, optimizer):
             "--overwrite"
         )
     text = f"goes on after step {done:.0f}, with --lr {content['lr']}"
+    number = run.changes(then, {"world": content["world"]})
+    if number:
+        text += f"; dropout differs by the number of processes: {number}"
     return {"text": text, "step": int(done), "lr": content["lr"]}
 
 

@@ -217,8 +217,9 @@ def misfit_of_alpaca(record):
     if not {"instruction", "output"} <= record.keys():
         return "found", sorted(record)
     for key in ("instruction", "input", "output"):
-        if not isinstance(record.get(key, ""), str):
-            return f"{key} is", record[key]
+        value = record.get(key, "")
+        if not isinstance(value, str) and (key, value) != ("input", None):
+            return f"{key} is", value
 
 
 def misfit_of_messages(record):
@@ -343,7 +344,7 @@ def load_file(args, tokenizer, positions):
         raise ValueError(
             f"{path}: of {len(rows)} rows none is left to train on: {args.held_out} are held out, "
             f"{len(rows) - len(held_out)} have no label within --max_length {max_length}; lower "
-            "--held_out or raise --max_length"
+            f"--held_out or raise --max_length (the model takes {positions})"
         )
     cuts = epoch_batches(train.lengths(), args.batch_size, f"{args.seed} 0")
     data = Data(

@@ -742,6 +742,8 @@ def read_run(folder):
     settings = run.read_json(file, base=str, dtype=str, task=str, template=str, eval_rows=int)
     if settings.get("variant") == "scratch":
         raise ValueError(f"{folder} holds a whole model, no adapter: use --base {folder}/model")
+    if [path.name for path in folder.glob("*.safetensors")] == ["state.safetensors"]:
+        raise ValueError(f"{folder}: the run is not finished; go on with train.py --resume")
     base, dtype = settings.get("base") or "", settings.get("dtype")
     # of a base with so long a name, the system's own message would be nothing but that name
     if dtype not in (None, *DTYPES) or len(base) > 900:

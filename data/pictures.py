@@ -77,7 +77,7 @@ style="fill: hsl({shade:.1f}, 80%, 50%); fill-opacity: 0.35">
 <text x="{x}" y="{y}" dx="24" dy="11" text-anchor="middle">{value}</text>"""
 
 
-def picture(panels) -> str:
+def picture(panels):
     body, top = [], 0
     for shapes, height in panels:
         body += [PANEL.format(top), *shapes, "</g>"]
@@ -157,7 +157,7 @@ def to_the_right(labels, paths, heights):
     return shapes
 
 
-def plot(heads, lines: list[Line], x: Axis, y: Axis, height=250, right=460, labelled=to_the_right):
+def plot(heads, lines, x, y, height=250, right=460, labelled=to_the_right):
     """A panel: what it shows and what y is, a frame, lines with their dots, and labels, in this
     order from back to front. labelled: how labels find their places."""
     top, bottom = 42 + 18 * len(heads), height - 50
@@ -176,7 +176,7 @@ def plot(heads, lines: list[Line], x: Axis, y: Axis, height=250, right=460, labe
 # Experts -----------------------------------------------------------------------------------------
 
 
-def heat_map(scores, chosen: list, title="expert scores") -> str:
+def heat_map(scores, chosen, title="expert scores"):
     """scores: (L, E), not negative. chosen: for each layer the experts to outline."""
     return picture([heat([title, "Outlined: chosen"], "score", layers(scores), layers(chosen))])
 
@@ -194,7 +194,7 @@ def heat(heads, what, rows, chosen, which="expert"):
     return [*shapes, SHADES.format(largest, what, height)], height + 2 * CELL
 
 
-def routing_picture(tokens: list[str], ids: list[list[int]], num_experts: int) -> str:
+def routing_picture(tokens, ids, num_experts):
     """A column a token, a row a layer; a cell has the number and the colour of the token's first
     expert. ids: (L, T)."""
     title = f"Of {num_experts} experts the first that a token goes to, layer by layer"
@@ -242,7 +242,7 @@ def grid(heads, corner, columns, rows, chosen, template, width, scale):
 # A run -------------------------------------------------------------------------------------------
 
 
-def run_picture(records: list[dict]) -> str:
+def run_picture(records):
     """What metrics.jsonl holds (train.py): loss, accuracy, and the load of the experts."""
     from data.skills import FAMILIES
 
@@ -304,7 +304,7 @@ def lines_of(found, names):
     ]
 
 
-def draw(folder: str | Path):
+def draw(folder):
     """Write RUN/run.svg from RUN/metrics.jsonl."""
     file = Path(folder) / "metrics.jsonl"
     records = [run.parse_json(line, file) for line in run.whole_lines(file)]

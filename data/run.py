@@ -22,13 +22,13 @@ import sys
 # Ctrl-C, before anything else --------------------------------------------------------------------
 
 
-def is_shared() -> bool:
+def is_shared():
     """Did torchrun start this process, with others? It is believed alone: other launchers set some
     of this too, for processes that do not work together."""
     return {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
-def is_silent() -> bool:
+def is_silent():
     """Of several processes the first speaks."""
     return is_shared() and os.environ["RANK"] != "0"
 
@@ -69,7 +69,6 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -88,7 +87,7 @@ KINDS = {
 }
 
 
-def read_json(path: str | Path, **kinds: type) -> dict:
+def read_json(path, **kinds):
     """The JSON object in a file, whoever wrote it. `rank=int, base=dict`: what these keys hold, if
     they are there and not null. FileNotFoundError or ValueError of one line otherwise."""
     path = Path(path)
@@ -104,7 +103,7 @@ def read_json(path: str | Path, **kinds: type) -> dict:
     return content
 
 
-def is_kind(value, kind: type) -> bool:
+def is_kind(value, kind):
     """Is a value from a file of this kind? true is no number, and numbers are finite and have a
     size that an int64 holds."""
     if kind in (int, float):
@@ -112,7 +111,7 @@ def is_kind(value, kind: type) -> bool:
     return type(value) is kind
 
 
-def read_text(path: Path, remedy=AGAIN) -> str:
+def read_text(path, remedy=AGAIN):
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file; is it the right folder, and is it complete? {remedy}"
@@ -125,7 +124,7 @@ def read_text(path: Path, remedy=AGAIN) -> str:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8; {remedy}") from None
 
 
-def parse_json(text: str, place: str | Path):
+def parse_json(text, place):
     """JSON -> its content; ValueError naming `place` (a file, or file:line)."""
     try:
         return json.loads(text)
@@ -136,7 +135,7 @@ def parse_json(text: str, place: str | Path):
     raise ValueError(f"{place}: not valid JSON ({cause}; is it cut off?); {AGAIN}")
 
 
-def shown(value) -> str:
+def shown(value):
     """A value from a file, for a message: on one line, printable, at most 100 characters."""
     try:
         text = json.dumps(value, ensure_ascii=False)
@@ -151,7 +150,7 @@ def printable(text, most):
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def whole_lines(path: Path) -> list[str]:
+def whole_lines(path):
     """Of JSON lines that are written as the work goes on: all but a last one that was cut off."""
     return read_text(path).split("\n")[:-1]  # not splitlines: a text may hold U+2028
 
@@ -159,15 +158,15 @@ def whole_lines(path: Path) -> list[str]:
 # Writing -----------------------------------------------------------------------------------------
 
 
-def write_text(path: str | Path, text: str):
+def write_text(path, text):
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
-def write_json(path: str | Path, content, indent: int | None = None):
+def write_json(path, content, indent=None):
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
-def write_atomically(path: str | Path, write: Callable):
+def write_atomically(path, write):
     """Call write(file) with a binary file that is renamed to `path` once all of it is written."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # two runs may write one file, each for itself
     try:
@@ -195,7 +194,7 @@ class Parser(argparse.ArgumentParser):
         page = functools.partial(argparse.HelpFormatter, max_help_position=26, width=100)
         super().__init__(formatter_class=page, allow_abbrev=False, **options)
 
-    def suggest(self, word: str) -> str:
+    def suggest(self, word):
         """What a word that was not understood may have meant, "" if nothing is near."""
         meant = {}
         for action in self._actions:
@@ -210,7 +209,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, None if is_silent() else line)
 
 
-def refuse(message: str):
+def refuse(message):
     """A usage error that a parser alone does not find."""
     Parser(prog=Path(sys.argv[0]).name).error(message)
 
@@ -218,7 +217,7 @@ def refuse(message: str):
 HUGE = 1e300  # whatever is above is a slip, or infinity
 
 
-def number(kind: type, lowest: float, above=False, most=HUGE):
+def number(kind, lowest, above=False, most=HUGE):
     """For argparse's type=: an int or float, at least (or above) `lowest`, at most `most`."""
 
     def parse(text):
@@ -263,11 +262,11 @@ class Flag(NamedTuple):
     not_with: str | None = None  # a flag, beside which it says nothing
 
 
-def group(title: str, **flags: Flag):
+def group(title, **flags):
     return title, flags
 
 
-def read_flags(table: list, argv: list[str] | None, decide: Callable, **page):
+def read_flags(table, argv, decide, **page):
     """A command line -> the value of each flag in a table of groups.
 
     It is read twice: first every flag there is, to see which command this is. Of that one
@@ -324,7 +323,7 @@ def for_argparse(flag, default):
 class Stopped(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, with what a user should know: what is where, how to go on."""
 
-    def __init__(self, message: str, code: int = 130):
+    def __init__(self, message, code=130):
         super().__init__(message)
         self.code = code  # 128 + the signal's number
 
@@ -370,7 +369,7 @@ def last_words(text):
         raise Stopped(str(stop) or text(), getattr(stop, "code", 130)) from None
 
 
-def command(main: Callable) -> Callable:
+def command(main):
     """Decorates a script's main: the one place where what goes wrong becomes a line and a code.
 
     ValueError and OSError are the user's input or machine: one line on stderr, exit code 1. Ctrl-C
@@ -422,7 +421,7 @@ def tell_torchrun(line):
         write_json(file, {"message": line, "timestamp": int(time.time())})
 
 
-def one_line(error: Exception) -> str:
+def one_line(error):
     """An error's message: whatever a library put into it, on one line of bounded length."""
     text = str(error)
     if isinstance(error, OSError) and error.errno:  # else it would begin with "[Errno 28]"
@@ -449,7 +448,7 @@ def is_alive(pid):
 
 
 @contextmanager
-def locked(folder: Path):
+def locked(folder):
     """Inside, a folder, made if it is not there, is this process's alone, by its file
     lock.HOST.PID: each makes its own, then looks for others', so that no two go on. What dead
     processes left there is removed."""
@@ -484,7 +483,7 @@ def locked(folder: Path):
                 folder.rmdir()
 
 
-def check_run_folder(out: Path, resume: bool, overwrite: bool, written: Iterable[str]):
+def check_run_folder(out, resume, overwrite, written):
     """Nothing that a user has is lost: refuse unless the folder is free of what a run writes there
     (`written`), or holds a run and the flags say what to do with it."""
     if resume and overwrite:
@@ -507,7 +506,7 @@ def check_run_folder(out: Path, resume: bool, overwrite: bool, written: Iterable
         )
 
 
-def changes(then: dict, now: dict) -> str:
+def changes(then, now):
     """What differs in the settings of a continued work, "" if nothing does."""
     changed = []
     for name, value in now.items():
@@ -535,14 +534,14 @@ class Log:
     path None: the screen alone (of several processes the first writes the file).
     """
 
-    def __init__(self, path: Path | None, keep_until: int | None):
+    def __init__(self, path, keep_until):
         self.file = None
         if path:
             kept = [] if keep_until is None else log_lines(path, keep_until)
             write_text(path, "".join(f"{line}\n" for line in kept))
             self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the end)
 
-    def write(self, text: str, **record):
+    def write(self, text, **record):
         from tqdm import tqdm  # here: Ctrl-C is answered the sooner
 
         tqdm.write(text)
@@ -579,7 +578,7 @@ def log_lines(path, last_step):
     return kept
 
 
-def peak_memory() -> int:
+def peak_memory():
     """Bytes that this process held at most, of main memory; 0 where there is no way to ask."""
     if sys.platform == "win32":
         return 0
@@ -589,7 +588,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def free_memory() -> float:
+def free_memory():
     """Bytes of main memory that a process may still take; infinity where nobody says."""
     with suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():

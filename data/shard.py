@@ -36,7 +36,7 @@ RANK = int(os.environ["RANK"]) if run.is_shared() else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if run.is_shared() else 1
 
 
-def start(device: str) -> str:
+def start(device):
     """Join the processes that torchrun started -> this one's device. Alone: `device` itself."""
     if WORLD == 1:
         return device
@@ -70,12 +70,12 @@ def stop():
         os._exit(0)
 
 
-def is_alone(error: Exception) -> bool:
+def is_alone(error):
     """Did a meeting fail because another process is gone?"""
     return WORLD > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError))
 
 
-def total(t: torch.Tensor) -> torch.Tensor:
+def total(t):
     """The sum over the processes; no gradient goes through it."""
     t = t.detach().clone()
     if WORLD > 1:
@@ -83,7 +83,7 @@ def total(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
-def micro_batches(batch: tuple, rows: int):
+def micro_batches(batch, rows):
     """A step's (input_ids, labels, mask), each (B, T), the same on every process -> one by one this
     process's parts of at most `rows` rows, as many parts on each.
 
@@ -99,12 +99,12 @@ def micro_batches(batch: tuple, rows: int):
             yield [ids, torch.full_like(labels, -100), torch.zeros_like(mask)]
 
 
-def whole(t: torch.Tensor) -> torch.Tensor:
+def whole(t):
     """A tensor that may be spread over the processes, as one. All must ask."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def held(t: torch.Tensor) -> tuple[torch.Tensor, int]:
+def held(t):
     """The rows of a tensor (of its first dimension) that are here, and the number of the first.
     The first processes hold ceil(n / W) each."""
     if not hasattr(t, "to_local"):
@@ -113,7 +113,7 @@ def held(t: torch.Tensor) -> tuple[torch.Tensor, int]:
     return t.to_local(), RANK * each
 
 
-def cut(model, device: str):
+def cut(model, device):
     """Cut `model` in place, block by block. Best on the meta device, with all that trains there."""
     if WORLD == 1:
         return

@@ -3,12 +3,13 @@
     theirs = AutoModelForCausalLM.from_pretrained("allenai/OLMoE-1B-7B-0924")
     adapters = attach(theirs, variant="perft_e", rank=16)      # then train `theirs` as ever
     perft.save_adapter(adapters, "out/mine")                   # what train.py would have written
-    attach(theirs_again, "out/mine")                           # and the run folder of any train.py
+    attach(theirs_again, "out/mine")                           # or a run folder of train.py
 
 What attach returns is this project's model of the same sizes: its blocks are inside of `theirs`,
 share its weights, and the rest of it takes no memory. `theirs` keeps its attention, caches, losses
-and generation, and output_router_logits=True. Not for lora_qv, frozen_experts and full, which train
-more than the blocks.
+and generation, and output_router_logits=True; its save_pretrained writes names that nobody reads.
+Not for lora_qv, frozen_experts and full, which train more than the blocks; nor for ESFT, of which
+`python esft.py export` makes a folder that transformers loads.
 """
 
 import torch
@@ -43,18 +44,17 @@ def attach(theirs, folder=None, **options) -> MoETransformer:
         ours = MoETransformer(hub.make_config(theirs.config.to_dict(), Config)).to(theirs.dtype)
     theirs.requires_grad_(False)
     for layer, block in zip(theirs.model.layers, ours.layers):
-        layer.mlp.gate.register_forward_hook(as_routing)
         block.moe.router = layer.mlp.gate
         block.moe.experts.gate_up_proj = layer.mlp.experts.gate_up_proj
         block.moe.experts.down_proj = layer.mlp.experts.down_proj
-    if folder:
-        perft.load_adapter(ours, folder)
-    else:
-        perft.apply_perft(ours, **options)
-    for layer, block in zip(theirs.model.layers, ours.layers):
-        layer.mlp = Block(block.moe)
-    inside = set(theirs.parameters())
-    if any(p.requires_grad and p not in inside for p in ours.parameters()):
+    perft.load_adapter(ours, folder) if folder else perft.apply_perft(ours, **options)
+    trained = {name for name, p in ours.named_parameters() if p.requires_grad}
+    if not all(".moe." in name for name in trained):
         raise ValueError(f"{ours.adapter_config.variant} trains more than the blocks of experts")
+    if theirs.dtype != torch.float32 and any(".moe.router." in name for name in trained):
+        raise ValueError("routers train in float32; load the model again, with dtype=torch.float32")
+    for layer, block in zip(theirs.model.layers, ours.layers):
+        layer.mlp.gate.register_forward_hook(as_routing)
+        layer.mlp = Block(block.moe)
     theirs.to(theirs.device).train(theirs.training)  # the new parts too
     return ours

@@ -105,6 +105,14 @@ def test_every_layout_of_a_file_gives_the_same_records(tmp_path, name):
     assert dataset.read_rows(write(tmp_path / "rows.json", LAYOUTS[name])) == ("alpaca", ROWS)
 
 
+@pytest.mark.parametrize("template", dataset.TEMPLATES)
+def test_an_input_of_null_is_none(tmp_path, world, template):
+    path = write(tmp_path / "rows.json", json.dumps([record(), record(input=None)]))
+    _, rows = dataset.read_rows(path)
+    empty, null = (dataset.encode_row(row, template, world) for row in rows)
+    assert empty == null
+
+
 def test_messages_are_recognised_by_their_first_record(tmp_path):
     rows = [
         chat(("user", "hi"), ("assistant", "yo")),

@@ -298,7 +298,11 @@ def test_every_mistake_is_one_line_with_cause_and_place(adapter, learnt, tmp_pat
     weights = cut / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     short = make_base(tmp_path / "short", max_position_embeddings=16)
+    unfinished = copy("unfinished", "adapter_config.json")
+    (unfinished / "adapter_model.safetensors").rename(unfinished / "state.safetensors")
     cases = [
+        (1, ["--adapter", unfinished], ["unfinished", "not finished", "--resume"]),
+        (1, ["--adapter", copy("of_peft", "config.json")], ["of_peft/config.json", "--base"]),
         (1, ["--adapter", tmp_path / "nowhere"], ["nowhere", "no such"]),
         (
             1,
@@ -327,7 +331,7 @@ def test_every_mistake_is_one_line_with_cause_and_place(adapter, learnt, tmp_pat
         (
             1,
             ["--base", learnt, "--prompt", "x", "--num_beams", "2", "--temperature", "1"],
-            ["beams", "temperature"],
+            ["temperature is 1.0; 2 beams draw nothing"],
         ),
         (2, ["--tasks", "juggle"], ["juggle", "kinship_new"]),
         (2, ["--eval_rows", "0"], ["--eval_rows: 0 is out of range", "at least 1"]),

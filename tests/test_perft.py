@@ -1563,13 +1563,31 @@ def test_a_merge_into_bfloat16_rounds_once(case):
         assert same == [e not in SOME_EXPERTS[1] for e in range(8)]
 
 
-@pytest.mark.parametrize("case", [*CASES, *BASELINES])
+@pytest.mark.parametrize("case", CASES)
 def test_what_stands_beside_an_expert_is_not_merged(case):
-    """Only LoRA is a change of weights: the message says so, and what the variant is."""
+    """It is no change of weights: the message says so, what the variant is, and what can be."""
     model = make_adapted(case)
-    with pytest.raises(ValueError, match="cannot be merged.*lora_experts.*beside the exp") as error:
+    with pytest.raises(
+        ValueError, match="cannot be merged.*beside a non-linear.*lora_exp"
+    ) as error:
         merge(model)
     assert EVERYTHING[case][0] in one_line(error)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", BASELINES)
+def test_what_trains_in_its_place_becomes_a_model_folder_too(run_folder, tmp_path, case, dtype):
+    """Also a router, which trains in float32 beside a bfloat16 base."""
+    if case != "router" and dtype == "bfloat16":
+        return  # they want a float32 base
+    transformers = pytest.importorskip("transformers")
+    folder, model = run_folder(case, dtype=dtype)
+    perft.main(["merge", str(folder), str(tmp_path / "new")])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype="auto")
+    assert str(theirs.dtype) == f"torch.{dtype}"
+    assert gap(theirs(IDS).logits.float(), model(IDS).logits.float()) < (
+        1e-5 if dtype == "float32" else 0.1
+    )
 
 
 @pytest.fixture

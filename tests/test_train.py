@@ -1033,6 +1033,20 @@ def test_a_run_that_is_resumed_without_a_rate_keeps_its_own(run, monkeypatch):
     assert metrics(folder, "step")[-1]["lr"] > 5e-4  # of 5e-3, decayed to the last of 9 steps
 
 
+def test_a_run_that_goes_on_with_another_number_of_processes_says_so(
+    run, monkeypatch, tmp_path, capsys
+):
+    """Each process draws its own dropout, so the steps are not those of the run that was begun."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupted(patch, 7, ctrl_c)
+        run("perft_s", *LONG)
+    config = tmp_path / "run" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"world": 2}))
+    run("perft_s", *LONG, "--resume")
+    said = "dropout differs by the number of processes: world 2 then, 1 now"
+    assert f"goes on after step 6, with --lr 0.001; {said}\n" in capsys.readouterr().out
+
+
 def test_a_damaged_state_is_told_in_one_line(run, monkeypatch, tmp_path):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupted(patch, 7, ctrl_c)
