@@ -707,7 +707,7 @@ def decide(given):
     adapter = given.get("adapter")
     trained = settings_of_run(adapter)
     if adapter and not trained and "base" not in given:
-        raise ValueError(f"{adapter}/config.json: no such file, to say the base; give --base")
+        raise ValueError(f"{adapter}: no config.json says the base; is it a run? else give --base")
     defaults = {name: trained[name] for name in ("base", "dtype") if trained.get(name)}
     if trained.get("template") in TEMPLATES:
         defaults["template"] = trained["template"]

@@ -63,7 +63,7 @@ meets in share_met, and its flags and learning rate in train.py.
     python perft.py merge RUN_FOLDER NEW_FOLDER [BASE]
                            a LoRA that train.py or PEFT saved, or what router, frozen_experts and
                            full trained, in its base, as a Hugging Face folder: in the run's dtype,
-                           else in that of the base's files
+                           else in that of the base's files (LoRA) or float32
 """
 
 import json
@@ -697,7 +697,8 @@ def main(argv=None):
         adapter = hub.read_adapter_config(folder / CONFIG, Config.from_folder(base))
         check_merges(adapter["variant"])  # before the base is read, which may take minutes
         if dtype is None:  # of what PEFT saved no run says it: as in the base's own files
-            dtype = hub.Tensors(base).widest_dtype()
+            is_lora = adapter["variant"] in LORA
+            dtype = hub.Tensors(base).widest_dtype() if is_lora else torch.float32
         return merge(load_adapter(MoETransformer.from_pretrained(base, dtype), folder))
 
     about = "write what a run of a baseline trained, in its base, as a Hugging Face folder"

@@ -829,7 +829,7 @@ def restore(content, model, optimizer):
         )
     text = f"goes on after step {done:.0f}, with --lr {content['lr']}"
     number = run.changes(then, {"world": content["world"]})
-    if number:
+    if number and content["dropout"]:
         text += f"; dropout differs by the number of processes: {number}"
     return {"text": text, "step": int(done), "lr": content["lr"]}
 
@@ -1148,9 +1148,7 @@ def check_args(args):
     if args.kind == "parallel" and args.alpha is not None:
         raise ValueError("--alpha does not apply to --kind parallel, which has no scale")
     if args.variant in ADAPTERS:
-        options = PerftConfig(**adapter_options(args))
-        if args.kind != "parallel":
-            args.alpha = options.alpha
+        args.alpha = PerftConfig(**adapter_options(args)).alpha
         if args.experts == "random":
             raise ValueError("--experts random is a control for ESFT; adapters take a file")
 

@@ -3,7 +3,7 @@
 A file holds one kind of record, recognised by its first one, as a JSON list or as one JSON object a
 line:
 
-    alpaca      {"instruction": str, "input": str (may be missing), "output": str}
+    alpaca      {"instruction": str, "input": str (or null, or missing), "output": str}
                 -> a template of data/tasks.py
     messages    {"messages": [{"role": "system" | "user" | "assistant", "content": str}, ...]}
                 -> ChatML, if the tokenizer has ids for <|im_start|> and <|im_end|> (Qwen3), each
@@ -385,7 +385,7 @@ def describe(title, data, whole, cuts, tokenizer):
     return notes
 
 
-def batches(args, data: Data, tokenizer, start: int) -> Iterator[Batch]:
+def batches(settings, data: Data, tokenizer, start: int) -> Iterator[Batch]:
     """The batches from step `start` on, for ever, on the CPU.
 
     An epoch is every row once, see `epoch_batches`. Pre-training is not sorted by length, as if all
@@ -393,15 +393,15 @@ def batches(args, data: Data, tokenizer, start: int) -> Iterator[Batch]:
     there, and the balance loss would spread each family over all experts.
     """
     for epoch in itertools.count(start // data.steps_per_epoch):
-        seed = f"{args.seed} {epoch}"
+        seed = f"{settings.seed} {epoch}"
         if data.train is None:
-            rows = skills.mixture(data.steps_per_epoch * args.batch_size, seed)
-            examples = encode_rows(rows, tokenizer, args.train_on_inputs)
+            rows = skills.mixture(data.steps_per_epoch * settings.batch_size, seed)
+            examples = encode_rows(rows, tokenizer, settings.train_on_inputs)
             lengths = [0] * len(examples)
         else:
             examples = data.train
             lengths = examples.lengths()
-        cuts = epoch_batches(lengths, args.batch_size, seed)
+        cuts = epoch_batches(lengths, settings.batch_size, seed)
         used = max(start - epoch * data.steps_per_epoch, 0)  # by the run that is continued
         for cut in cuts[used:]:
             yield pad_batch([examples[i] for i in cut], tokenizer.pad_id, "cpu")

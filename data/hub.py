@@ -168,16 +168,17 @@ def make_config(raw, kind):
 
 
 def one_spelling(raw):
-    """The keys as hub files of 2024 have them, with what a family takes for granted filled in."""
+    """The keys as hub files of 2024 have them, and those that a model_type takes for granted."""
     keys = {name: value for name, value in raw.items() if name not in ("dtype", "torch_dtype")}
-    family = keys.get("model_type")
-    if family not in list(MODEL_TYPES):
+    model_type = keys.get("model_type")
+    if model_type not in list(MODEL_TYPES):
         raise ValueError(
-            f"model_type {run.shown(family)} is not supported; supported: {', '.join(MODEL_TYPES)}"
+            f"model_type {run.shown(model_type)} is not supported; supported: "
+            f"{', '.join(MODEL_TYPES)}"
         )
     for key, neutral in NEUTRAL.items():
         # Qwen3's files tell the window's size even where there is none: use_sliding_window counts
-        fine = (family, key) in (("qwen3_moe", "sliding_window"), ("olmoe", "clip_qkv"))
+        fine = (model_type, key) in (("qwen3_moe", "sliding_window"), ("olmoe", "clip_qkv"))
         if keys.get(key) not in (None, neutral) and not fine:
             raise ValueError(
                 f"{key} {run.shown(keys[key])} is not supported; only {run.shown(neutral)} is"
@@ -192,11 +193,11 @@ def one_spelling(raw):
                 f"rope_parameters {run.shown(other)} is not supported; only a rope_theta with "
                 "rope_type default is"
             )
-    if family == "mixtral":
+    if model_type == "mixtral":
         keys["norm_topk_prob"] = True  # not a key of its config: always so
     elif "num_local_experts" in keys:  # transformers 5 may call it so
         keys["num_experts"] = keys.pop("num_local_experts")
-    for key, value in MODEL_TYPES[family].assumed.items():
+    for key, value in MODEL_TYPES[model_type].assumed.items():
         means_all = key == "num_key_value_heads" and key in keys  # null: as many as query heads
         if keys.get(key) is None and not means_all:
             keys[key] = value
@@ -207,9 +208,9 @@ def config_keys(config):
     """The content of a config.json in the hub's spelling, which transformers of any age reads."""
     keys = dict(vars(config))
     extra = keys.pop("extra")
-    family = MODEL_TYPES[config.model_type]
-    keys = {family.spelled.get(name, name): value for name, value in keys.items()}
-    return {"architectures": [family.architecture], "hidden_act": "silu"} | extra | keys
+    kind = MODEL_TYPES[config.model_type]
+    keys = {kind.spelled.get(name, name): value for name, value in keys.items()}
+    return {"architectures": [kind.architecture], "hidden_act": "silu"} | extra | keys
 
 
 # Places ------------------------------------------------------------------------------------------
@@ -739,11 +740,12 @@ def read_run(folder):
     file = folder / "config.json"
     if not file.exists():
         return {}
+    names = {path.name for path in folder.rglob("*.safetensors")}
+    if names == {"state.safetensors"}:
+        raise ValueError(f"{folder}: the run is not finished; go on with train.py --resume")
     settings = run.read_json(file, base=str, dtype=str, task=str, template=str, eval_rows=int)
     if settings.get("variant") == "scratch":
         raise ValueError(f"{folder} holds a whole model, no adapter: use --base {folder}/model")
-    if [path.name for path in folder.glob("*.safetensors")] == ["state.safetensors"]:
-        raise ValueError(f"{folder}: the run is not finished; go on with train.py --resume")
     base, dtype = settings.get("base") or "", settings.get("dtype")
     # of a base with so long a name, the system's own message would be nothing but that name
     if dtype not in (None, *DTYPES) or len(base) > 900:
@@ -766,7 +768,7 @@ def lesson_or_write(argv, lesson, command, about, attach):
     add = commands.add_parser(command, help=about, description=about).add_argument
     add("RUN_FOLDER", type=Path, help="of train.py, or what was saved by hand")
     add("NEW_FOLDER", type=Path)
-    add("BASE", nargs="?", help="(the run's)")
+    add("BASE", nargs="?", help="(the run's, else the embedded model)")
     args = parser.parse_args(argv)
     if args.command is None:
         return lesson()

@@ -43,7 +43,10 @@ svg { color: #ccc } text[class] { stroke: #111 } .cell, .chosen { color: #56b4e9
 .c7 { color: #bf8a6f } .c8 { color: #bcd3de } .c9 { color: #ff5c5c } .c10 { color: #a5d64f }
 .c11 { color: #999 }
 }
-</style>"""
+</style>
+<linearGradient id="shades" gradientUnits="userSpaceOnUse" x1="42" x2="112">
+<stop class="cell" stop-color="currentColor" stop-opacity="0"/>
+<stop class="cell" stop-color="currentColor" offset="1"/></linearGradient>"""
 PAGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" viewBox="0 0 {0} {1}">
 {2}
 {3}
@@ -65,10 +68,7 @@ SCORE = """<rect class="{kind}" x="{x}" y="{y}" width="{inner}" height="13" \
 style="fill-opacity: {shade:.3f}">
 <title>{name}, column {column}: {value:.4g}</title></rect>"""
 # from nothing to the largest
-SHADES = """<linearGradient id="shades" gradientUnits="userSpaceOnUse" x1="42" x2="112">
-<stop class="cell" stop-color="currentColor" stop-opacity="0"/>
-<stop class="cell" stop-color="currentColor" offset="1"/></linearGradient>
-<path style="stroke: url(#shades); stroke-width: 12" d="M 42,{2} h 70"/>
+SHADES = """<path style="stroke: url(#shades); stroke-width: 12" d="M 42,{2} h 70"/>
 <text x="36" y="{2}" dy="4" text-anchor="end">0%</text>
 <text x="118" y="{2}" dy="4" text-anchor="start">{0:.2%}, the largest {1}</text>"""
 EXPERT = """<rect class="{kind}" x="{x}" y="{y}" width="{inner}" height="13" \

@@ -26,7 +26,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 LARGE, HUGE = 300, 600  # nodes of a function: of more there should be few, or none
 LIMITS = {
-    "nodes": 30_514,
+    "nodes": 30_524,
     "nodes a line": 5.0,
     f"functions above {LARGE} nodes": 3,
     f"functions above {HUGE} nodes": 0,

@@ -52,7 +52,7 @@ def attach(theirs, folder=None, **options) -> MoETransformer:
     if not all(".moe." in name for name in trained):
         raise ValueError(f"{ours.adapter_config.variant} trains more than the blocks of experts")
     if theirs.dtype != torch.float32 and any(".moe.router." in name for name in trained):
-        raise ValueError("routers train in float32; load the model again, with dtype=torch.float32")
+        raise ValueError("routers train, so are float32 now; load the model again in float32")
     for layer, block in zip(theirs.model.layers, ours.layers):
         layer.mlp.gate.register_forward_hook(as_routing)
         layer.mlp = Block(block.moe)

@@ -302,8 +302,12 @@ def test_every_mistake_is_one_line_with_cause_and_place(adapter, learnt, tmp_pat
     (unfinished / "adapter_model.safetensors").rename(unfinished / "state.safetensors")
     cases = [
         (1, ["--adapter", unfinished], ["unfinished", "not finished", "--resume"]),
-        (1, ["--adapter", copy("of_peft", "config.json")], ["of_peft/config.json", "--base"]),
-        (1, ["--adapter", tmp_path / "nowhere"], ["nowhere", "no such"]),
+        (
+            1,
+            ["--adapter", copy("of_peft", "config.json")],
+            ["of_peft", "no config.json", "give --base"],
+        ),
+        (1, ["--adapter", tmp_path / "nowhere"], ["nowhere", "is it a run?"]),
         (
             1,
             ["--adapter", copy("begun", "adapter_model.safetensors", "adapter_config.json")],

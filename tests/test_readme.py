@@ -274,7 +274,7 @@ def test_what_is_said_of_routing_follows_from_the_table():
     routed, eight = "perft_r Top2/4 r16", "perft_r Top2/8 r16"
     assert f"keep {more(routed, 'perft_d 4 x r16', 'kept')} points more under a router" in words
     kept, learnt = more("perft_e r4", eight, "kept"), more(eight, "perft_e r4", "target")
-    assert f"keep {kept} more and learn {learnt} less" in words
+    assert f"keeps {kept} more and learns {learnt} less" in words
     larger = ("perft_e r16", "esft_token p 0.2", "esft_gate p 0.1")
     ahead = [more(name, eight, "kept") for name in larger]
     assert f"keep {min(ahead)} to {max(ahead)} more" in words

@@ -632,8 +632,6 @@ def test_every_variant_trains_what_its_table_says_and_nothing_else(
     folder = run(*case, "--weight_decay", 0.5, "--steps", 2)
     screen = capsys.readouterr().out
     assert contents(base) == before
-    has_scale = case[0] in train.ADAPTERS and "parallel" not in case
-    assert bool(json.loads((folder / "config.json").read_text())["alpha"]) == has_scale
 
     saved = saved_tensors(folder)
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
